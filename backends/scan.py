@@ -1,0 +1,115 @@
+"""What back ends need to know of a matrix scan: its operands by name and side, in the order of its call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from chunkc.backends.writer import identifier, is_name
+from chunkc.ir import nodes as N
+
+Side = Literal["i", "j"]
+
+
+def other(side: Side) -> Side:
+    return "j" if side == "i" else "i"
+
+
+# Names that emitted scans and kernels use for themselves: an operand of such a name gets a number behind it.
+_EMITTED = """
+seq initial states ends last half decay update operands ctx score d_score part gate_low gate_up result state new
+H I J D C LEVELS BI BJ BD DOT PRECISION SPLIT BLOCK TILE LOG_SMALL tl triton torch Any Tensor Sequences row rows
+col_i col_j has has_i has_j cell token inside start stop first count tile tiles block blocks_j head sequence
+step level upper lower pair inner outward flow crossing edges earlier later others left right types base before
+after halves levels log_gate masked_sum d_initial d_last low_i low_j up_i up_j from_start_i from_start_j
+to_end_i to_end_j to_edge_i to_edge_j decay_i decay_j reads_i reads_j written_i written_j
+"""
+EMITTED = frozenset(_EMITTED.split())
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of the scan's call: the node it is, its name in emitted text, and the side that it is over.
+
+    `thin`: a gate without an axis of its side, one number a head."""
+
+    node: str
+    name: str
+    side: Side
+    thin: bool = False
+    raw: bool = False
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A write, or a query with its result: the factor on each side."""
+
+    i: str
+    j: str
+
+    def on(self, side: Side) -> str:
+        return self.i if side == "i" else self.j
+
+
+@dataclass(frozen=True)
+class ScanForm:
+    """A scan as the back ends emit it. `gates` has at most one operand a side."""
+
+    scan: N.Scan
+    gates: tuple[Operand, ...]
+    writes: tuple[tuple[Operand, Operand], ...]
+    queries: tuple[Operand, ...]
+    name: str
+
+    def operands(self) -> Iterator[Operand]:
+        yield from self.gates
+        for i, j in self.writes:
+            yield i
+            yield j
+        yield from self.queries
+
+    def gate(self, side: Side) -> Operand | None:
+        return next((g for g in self.gates if g.side == side), None)
+
+    def results(self) -> list[str]:
+        """The queries' results by name."""
+        return [f"out_{q.name}" for q in self.queries]
+
+    def query_pairs(self, prefix: str = "d_out_") -> list[Pair]:
+        """Each query with the gradient of its result, which lies on the other side."""
+        return [
+            Pair(q.name, f"{prefix}{q.name}") if q.side == "i" else Pair(f"{prefix}{q.name}", q.name)
+            for q in self.queries
+        ]
+
+    def write_pairs(self) -> list[Pair]:
+        return [Pair(i.name, j.name) for i, j in self.writes]
+
+
+def scan_form(scan: N.Scan, axes_of: dict[str, tuple[str, ...]], prefix: str = "") -> ScanForm:
+    """Name a scan's operands: spec names where there are, else their role.
+
+    `prefix` tells the scans of several units in one module apart."""
+    taken = set(EMITTED)
+
+    def name(id_: str, role: str) -> str:
+        base = identifier(id_) if is_name(id_) and not id_.startswith(("scan", "expand", "map")) else role
+        out, n = base, 1
+        while out in taken:
+            n += 1
+            out = f"{base}{n}"
+        taken.add(out)
+        return out
+
+    gates: list[Operand] = []
+    for g in scan.gates:
+        axes = set(axes_of[g.arg])
+        side: Side = "j" if axes & set(scan.j) else "i"
+        if side == "j" and any(x.side == "j" for x in gates):
+            raise AssertionError("two gates on one side")
+        thin = not axes & set(scan.i if side == "i" else scan.j)
+        gates.append(Operand(g.arg, name(g.arg, "gate" if g.log else "decay_gate"), side, thin, not g.log))
+    writes = tuple((Operand(w.i, name(w.i, "key"), "i"), Operand(w.j, name(w.j, "value"), "j")) for w in scan.writes)
+    queries = tuple(Operand(q.arg, name(q.arg, "query"), q.side) for q in scan.queries)
+    return ScanForm(scan, tuple(gates), writes, queries, identifier(prefix + scan.name))

@@ -1,0 +1,520 @@
+"""What an emitted package needs beside its own text: sequences in tiles, elementwise scans, norms, checks.
+
+Copied into each package as `_runtime.py`; it imports torch alone. Shapes: B batch rows, T tokens a row, N sequences
+(N = B in a dense batch; a packed batch has B = 1), n tiles of C = 64 tokens, H heads (all batch axes together).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+TILE = 64
+LOG_ZERO = -1e4  # the logarithm of a gate of 0: finite, so that sums of it stay finite, and exp of it is exactly 0
+LOG_SMALL = -27.725887222397812  # log 2**-40: the least gate that the direct gate gradient divides by
+
+
+def exact(a: int | float, b: int | float) -> int | float:
+    """a / b; between integers the remainder must be 0 (ValueError)."""
+    if isinstance(a, int) and isinstance(b, int):
+        if b == 0 or a % b:
+            raise ValueError(f"{a} is not divisible by {b}")
+        return a // b
+    return a / b
+
+
+def axis_size(name: str, value: int | float) -> int:
+    """A size that was computed from parameters: a whole number from 1 to 2**31 (ValueError)."""
+    if value != int(value) or not 1 <= value <= 2**31:
+        raise ValueError(f"axis '{name}' has size {value}; a size is a whole number from 1 to 2**31")
+    return int(value)
+
+
+class Weights(torch.nn.Module):
+    """The parameters of one library call, under their names."""
+
+    def __init__(self, **parameters: Tensor) -> None:
+        super().__init__()
+        for name, value in parameters.items():
+            self.register_parameter(name, torch.nn.Parameter(value))
+
+
+class Sequences:
+    """Where each sequence of a batch lies, and how its tokens fall into tiles.
+
+    A dense batch is a packed one with equal lengths: `offsets` [N + 1] counts tokens of all rows laid end to end.
+    """
+
+    def __init__(self, rows: int, tokens: int, cu_seqlens: Tensor | None, like: Tensor) -> None:
+        self.rows, self.tokens, self.device, self.given = rows, tokens, like.device, like.dtype
+        device = like.device
+        self.packed = cu_seqlens is not None
+        self.count = rows if cu_seqlens is None else cu_seqlens.numel() - 1
+        if cu_seqlens is None:
+            self.offsets = torch.arange(rows + 1, device=device) * tokens
+        else:
+            self.offsets = cu_seqlens.to(device=device, dtype=torch.int64)
+        self._cache: dict[str, Any] = {}
+
+    @property
+    def one_token(self) -> bool:
+        return self.tokens == 1 and not self.packed
+
+    def _once(self, key: str, make: Callable[[], Any]) -> Any:
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    @property
+    def owner(self) -> Tensor:
+        """For each of the B*T tokens the sequence it belongs to."""
+        total = self.rows * self.tokens
+        owner: Tensor = self._once("owner", lambda: torch.searchsorted(
+            self.offsets[1:].contiguous(), torch.arange(total, device=self.device), right=True))  # fmt: skip
+        return owner
+
+    @property
+    def place(self) -> Tensor:
+        """For each of the B*T tokens its position in its sequence."""
+        total = self.rows * self.tokens
+        place: Tensor = self._once("place", lambda: torch.arange(total, device=self.device) - self.offsets[self.owner])
+        return place
+
+    def positions(self, start: Tensor | None) -> Tensor:
+        """Positions [B, T]; `start` [N] are those of the first tokens of resumed sequences."""
+        place = self.place if start is None else self.place + start[self.owner]
+        return place.view(self.rows, self.tokens)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """A value a sequence [N, ...] repeated over its tokens [B, T, ...]."""
+        return x[self.owner].view(self.rows, self.tokens, *x.shape[1:])
+
+    # -- tiles -------------------------------------------------------------------------------------------------------
+
+    def _tiling(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Token of each place of each tile [n, C], whether there is one, and the first tile and tile count [N]."""
+
+        def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            start, stop, first, counts = self.tile_table()
+            used = int(counts.sum())
+            token = start[:used, None] + torch.arange(TILE, device=self.device)
+            return token, token < stop[:used, None], first, counts
+
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = self._once("tiling", make)
+        return result
+
+    def tile_table(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For kernels: each tile's first token and its sequence's end, each sequence's first tile and tile count.
+
+        There are as many tiles as the shapes allow, so that no value is read; those beyond the last are empty."""
+
+        def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            counts = (self.offsets.diff() + TILE - 1) // TILE
+            ends = counts.cumsum(0)
+            most = self.rows * self.tokens // TILE + self.count if self.packed else -(-self.tokens // TILE) * self.rows
+            tiles = torch.arange(most, device=self.device)
+            owner = torch.searchsorted(ends, tiles, right=True)
+            known = owner.clamp(max=self.count - 1)
+            start = self.offsets[known] + (tiles - (ends - counts)[known]) * TILE
+            stop = torch.where(owner < self.count, self.offsets[known + 1], start)
+            return start, stop, ends - counts, counts
+
+        empty = torch.zeros(0, dtype=torch.int64, device=self.device)
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = self._once(
+            "table", make if self.count else lambda: (empty, empty, empty, empty)
+        )
+        return result
+
+    def tile(self, x: Tensor) -> Tensor:
+        """[B, T, H, D] in tiles [n, H, C, D], 0 where a tile goes beyond its sequence."""
+        token, inside, _, _ = self._tiling()
+        flat = x.reshape(self.rows * self.tokens, *x.shape[2:])
+        picked = flat[token.clamp(max=max(flat.shape[0] - 1, 0))].masked_fill(~inside[:, :, None, None], 0)
+        return picked.transpose(1, 2).contiguous()
+
+    def untile(self, x: Tensor) -> Tensor:
+        """[n, H, C, D] back to [B, T, H, D]."""
+        token, inside, _, _ = self._tiling()
+        rows = x.transpose(1, 2)[inside]
+        out = torch.empty_like(rows)
+        out[token[inside]] = rows
+        return out.view(self.rows, self.tokens, *out.shape[1:])
+
+    def steps(self, reverse: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Walk over all sequences at once, a tile each: (tiles, their sequences)."""
+        _, _, first, counts = self._tiling()
+        longest = int(counts.max()) if self.count else 0
+        for step in range(longest):
+            active = (counts > step).nonzero()[:, 0]
+            tile = first[active] + (counts[active] - 1 - step if reverse else step)
+            yield tile, active
+
+    def carry(
+        self, decay: Tensor | None, update: Tensor, initial: Tensor, reverse: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """S' = decay * S + update over the tiles of each sequence: S where each tile starts (for `reverse`: ends),
+        and the last one. decay broadcasts to update [n, ...], None is 1; initial is [N, ...]."""
+        states = torch.empty_like(update)
+        state = initial.clone()
+        for tile, active in self.steps(reverse):
+            states[tile] = state[active]
+            kept = state[active] if decay is None else decay[tile] * state[active]
+            state[active] = kept + update[tile]
+        return states, state
+
+    # -- neighbours --------------------------------------------------------------------------------------------------
+
+    def shift(self, x: Tensor, by: int, history: Tensor | None) -> Tensor:
+        """x[t - by] within each sequence; `history` [N, R, ...] holds the R tokens before its first, else 0."""
+        flat = x.reshape(self.rows * self.tokens, *x.shape[2:])
+        index = torch.arange(flat.shape[0], device=self.device) - by
+        at = self.place - by
+        inside = (at >= 0) & (index < self.offsets[self.owner + 1])
+        wide = (-1, *[1] * (flat.dim() - 1))
+        out = torch.where(inside.view(wide), flat[index.clamp(0, max(flat.shape[0] - 1, 0))], flat.new_zeros(()))
+        if history is not None and by > 0:
+            row = (at + history.shape[1]).clamp(0, history.shape[1] - 1)
+            before = history[self.owner, row].to(x.dtype)
+            out = torch.where((at < 0).view(wide), before, out)
+        return out.view_as(x)
+
+    def last(self, x: Tensor, count: int, history: Tensor | None) -> Tensor:
+        """The last `count` tokens of each sequence [N, count, ...], older ones from `history`, else 0."""
+        flat = x.reshape(self.rows * self.tokens, *x.shape[2:])
+        lengths = self.offsets.diff()
+        at = lengths[:, None] - count + torch.arange(count, device=self.device)
+        index = (self.offsets[:-1, None] + at).clamp(0, max(flat.shape[0] - 1, 0))
+        wide = (self.count, count, *[1] * (flat.dim() - 1))
+        if history is None:
+            history = x.new_zeros((self.count, count, *x.shape[2:]))
+        old = history.gather(1, (at + count).clamp(0, count - 1).view(wide).expand_as(history))
+        if flat.shape[0] == 0:
+            return old.to(x.dtype)
+        return torch.where((at >= 0).view(wide), flat[index], old.to(x.dtype))
+
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None) -> Tensor:
+        """Causal depthwise convolution: sum over m of weight[..., m] x[t - width + 1 + m]."""
+        width = weight.shape[-1]
+        out = weight[..., width - 1] * x
+        for m in range(width - 1):
+            out = out + weight[..., m] * self.shift(x, width - 1 - m, history)
+        return out if bias is None else out + bias
+
+    # -- a token at a time -------------------------------------------------------------------------------------------
+
+    def padded(self, x: Tensor) -> Tensor:
+        """[B, T, ...] as one row a sequence [N, longest, ...]."""
+        if not self.packed:
+            return x
+        token, inside = self._rows()
+        flat = x.reshape(self.rows * self.tokens, *x.shape[2:])
+        beyond = ~inside.view(*inside.shape, *[1] * (flat.dim() - 1))
+        return flat[token.clamp(max=max(flat.shape[0] - 1, 0))].masked_fill(beyond, 0)
+
+    def unpadded(self, x: Tensor) -> Tensor:
+        """The tokens of `padded` back in their rows."""
+        if not self.packed:
+            return x
+        _, inside = self._rows()
+        return x[inside].view(self.rows, self.tokens, *x.shape[2:])
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        def make() -> tuple[Tensor, Tensor]:
+            longest = int(self.offsets.diff().max()) if self.count else 0
+            token = self.offsets[:-1, None] + torch.arange(longest, device=self.device)
+            return token, token < self.offsets[1:, None]
+
+        result: tuple[Tensor, Tensor] = self._once("rows", make)
+        return result
+
+    def alive(self, step: int) -> Tensor:
+        """Which sequences have a token at this position [N]."""
+        return self.offsets.diff() > step
+
+    def reduce(self, x: Tensor, fn: str) -> Tensor:
+        """A reducer over the whole of each sequence [N, ...]; of nothing it is 0."""
+        flat = x.reshape(self.rows * self.tokens, *x.shape[2:])
+        index = self.owner.view(-1, *[1] * (flat.dim() - 1)).expand_as(flat)
+        zero = flat.new_zeros((self.count, *flat.shape[1:]))
+        kind = {"sum": "sum", "mean": "mean", "max": "amax", "min": "amin"}[fn]
+        return zero.scatter_reduce(0, index, flat, kind, include_self=False)
+
+
+# -- sums inside a tile, [..., C, D] -----------------------------------------------------------------------------------
+
+
+def before(x: Tensor) -> Tensor:
+    """Exclusive prefix sums along the tokens of a tile."""
+    return F.pad(x[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
+
+
+def after(x: Tensor) -> Tensor:
+    """Exclusive suffix sums along the tokens of a tile."""
+    return F.pad(x[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+
+
+def levels() -> Iterator[int]:
+    """Half sizes of the blocks in which pairs of tokens are anchored: each pair lies across one block's middle."""
+    half = TILE // 2
+    while half:
+        yield half
+        half //= 2
+
+
+def halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """Views of the earlier and later half of each block of 2 * half tokens: [..., C / (2 half), half, D]."""
+    blocks = x.view(*x.shape[:-2], x.shape[-2] // (2 * half), 2, half, x.shape[-1])
+    return blocks[..., 0, :, :], blocks[..., 1, :, :]
+
+
+def log_gate(gate: Tensor, least: float = LOG_ZERO) -> Tensor:
+    """The logarithm of a gate in [0, 1], at least `least`: of exact zeros it is `least`."""
+    return torch.where(gate > 0, gate, 1.0).log().masked_fill(gate <= 0, least).clamp(min=least)
+
+
+# -- scans without a product: h = a * h + b, and h = max(a + h, b) -----------------------------------------------------
+
+
+def tile_scan(
+    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, reverse: bool, tropical: bool
+) -> tuple[Tensor, Tensor]:
+    """The state before each token (for `reverse`: after it, from the end) and the last one."""
+    a, b = seq.tile(a), seq.tile(b)  # [n, H, C, D]; a token beyond the end must leave the state alone
+    _, inside, _, _ = seq._tiling()
+    beyond = ~inside[:, None, :, None]
+    a = a.masked_fill(beyond, 0.0 if tropical else 1.0)
+    if tropical:
+        b = b.masked_fill(beyond, -math.inf)
+    if reverse:
+        a, b = a.flip(2), b.flip(2)
+    for half in reversed(list(levels())):  # inclusive scans of growing blocks
+        (_, a_up), (_, b_up) = halves(a, half), halves(b, half)
+        a_low, b_low = halves(a, half)[0][..., -1:, :], halves(b, half)[0][..., -1:, :]
+        if tropical:
+            b_up.copy_(torch.maximum(a_up + b_low, b_up))
+            a_up.add_(a_low)
+        else:
+            b_up.addcmul_(a_up, b_low)
+            a_up.mul_(a_low)
+    state = initial.clone()
+    states = torch.empty_like(b[:, :, 0])
+    for tile, active in seq.steps(reverse):
+        states[tile] = state[active]
+        last_a, last_b = a[tile, :, -1], b[tile, :, -1]
+        state[active] = torch.maximum(last_a + state[active], last_b) if tropical else last_a * state[active] + last_b
+    entering = states[:, :, None]
+    inner = torch.maximum(a + entering, b) if tropical else a * entering + b
+    out = torch.cat([entering, inner[:, :, :-1]], 2)
+    return seq.untile(out.flip(2) if reverse else out), state
+
+
+Scan = Callable[[Sequences, Tensor, Tensor, Tensor, bool, bool], tuple[Tensor, Tensor]]
+
+
+class VectorScan(torch.autograd.Function):
+    """h = a * h + b for each channel: h before each token [B, T, H, D] and the last h [N, H, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan) -> tuple[Tensor, Tensor]:
+        out, last = scan(seq, a, b, initial, False, False)
+        ctx.seq, ctx.scan = seq, scan
+        ctx.save_for_backward(a, out)
+        return out, last
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
+        a, out = ctx.saved_tensors
+        d_b, d_initial = ctx.scan(ctx.seq, a, d_out, d_last, True, False)
+        return None, d_b * out, d_b, d_initial, None
+
+
+class MaxPlusScan(torch.autograd.Function):
+    """h = max(a + h, b) for each channel; the gradient goes to the larger one, half to each where they are equal."""
+
+    @staticmethod
+    def forward(ctx: Any, seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan) -> tuple[Tensor, Tensor]:
+        out, last = scan(seq, a, b, initial, False, True)
+        kept = a + out
+        ctx.seq, ctx.scan = seq, scan
+        ctx.save_for_backward((kept > b).to(a.dtype) + 0.5 * (kept == b).to(a.dtype))
+        return out, last
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
+        (share,) = ctx.saved_tensors
+        d_h, d_initial = ctx.scan(ctx.seq, share, d_out, d_last, True, False)
+        return None, d_h * share, d_h * (1 - share), d_initial, None
+
+
+def lay(x: Tensor, shape: tuple[int, ...], heads: int) -> Tensor:
+    """Repeat x to [B, T, *axes], then join the first `heads` axes to H and the others to D: [B, T, H, D]."""
+    x = x.expand(shape)
+    return x.reshape(*shape[:2], math.prod(shape[2 : 2 + heads]), math.prod(shape[2 + heads :]))
+
+
+def vector_scan(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan = tile_scan) -> tuple[Tensor, Tensor]:
+    """h = a * h + b: h before each token, and the last one; `scan` does the work."""
+    if seq.one_token:
+        return initial[:, None], a[:, 0] * initial + b[:, 0]
+    result: tuple[Tensor, Tensor] = VectorScan.apply(seq, a, b, initial, scan)  # type: ignore[no-untyped-call]
+    return result
+
+
+def max_plus_scan(
+    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan = tile_scan
+) -> tuple[Tensor, Tensor]:
+    """h = max(a + h, b): h before each token, and the last one; `scan` does the work."""
+    if seq.one_token:
+        return initial[:, None], torch.maximum(a[:, 0] + initial, b[:, 0])
+    result: tuple[Tensor, Tensor] = MaxPlusScan.apply(seq, a, b, initial, scan)  # type: ignore[no-untyped-call]
+    return result
+
+
+def stopped(seq: Sequences, before: Tensor, last: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """A scan whose update passes no gradient: only the state before the first token depends on `initial`."""
+    first = (seq.place == 0).view(seq.rows, seq.tokens, 1, 1)
+    empty = (seq.offsets.diff() == 0)[:, None, None]
+    return torch.where(first, seq.spread(initial), before.detach()), torch.where(empty, initial, last.detach())
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, over: int, compute: torch.dtype) -> Tensor:
+    """x's last `over` axes times the weight's first; computed in the weight's dtype, given in `compute`."""
+    size = math.prod(weight.shape[:over])
+    flat = x.reshape(*x.shape[: x.dim() - over], size).to(weight.dtype)
+    out = flat @ weight.reshape(size, -1)
+    out = out.reshape(*flat.shape[:-1], *weight.shape[over:])
+    return (out if bias is None else out + bias).to(compute)
+
+
+def row_of(x: Tensor, dim: int, index: int) -> Tensor:
+    """x at one position of a dimension; outside it, 0."""
+    return x.select(dim, index) if 0 <= index < x.shape[dim] else torch.zeros_like(x.select(dim, 0))
+
+
+def rms_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(dims, keepdim=True) + 1e-5)
+
+
+def l2_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(dims, keepdim=True) + 1e-6)
+
+
+def layer_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + 1e-5)
+
+
+def softmax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    e = torch.exp(x - x.amax(dims, keepdim=True).detach())
+    return e / e.sum(dims, keepdim=True)
+
+
+def inv_softplus(x: Tensor) -> Tensor:
+    return x + torch.log(-torch.expm1(-x))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, else float32: what elementwise work and states are computed in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is switched on."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def use_kernels(x: Tensor) -> bool:
+    """Whether tensors like x take the Triton path: on a GPU, or in Triton's interpreter; float64 never does."""
+    return (x.is_cuda or x.device.type == "cpu" and interpreted()) and x.dtype != torch.float64
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def length(x: Tensor, dim: int) -> int:
+    """The length of a dimension, from which an op's open size follows; 1 where there is none, for a check to report."""
+    return x.shape[dim] if isinstance(x, Tensor) and x.dim() > dim else 1
+
+
+def check_tensors(who: str, tensors: Mapping[str, tuple[Tensor, tuple[int | None, ...], str]]) -> None:
+    """Shapes, dtypes and devices, without reading values; the first tensor sets B, T, the dtype and the device.
+
+    A tensor comes with its wanted shape (None: any length, the same for all) and its kind: float, int or bool."""
+    lead: dict[int, tuple[str, int]] = {}
+    first: tuple[str, Tensor] | None = None
+    device: torch.device | None = None
+    for name, (x, shape, kind) in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{who}: '{name}' is a {type(x).__name__}, not a tensor")
+        wanted = ", ".join(str(lead[k][1]) if n is None and k in lead else ("BT"[k] if n is None else str(n))
+                           for k, n in enumerate(shape))  # fmt: skip
+        if x.dim() != len(shape):
+            raise ValueError(f"{who}: '{name}' has shape {tuple(x.shape)}, wanted [{wanted}]")
+        for k, n in enumerate(shape):
+            have = x.shape[k]
+            if n is None and k not in lead:
+                lead[k] = (name, have)
+            elif have != (lead[k][1] if n is None else n):
+                raise ValueError(f"{who}: '{name}' has shape {tuple(x.shape)}, wanted [{wanted}]")
+        if kind == "float":
+            if x.dtype not in FLOATS:
+                raise TypeError(f"{who}: '{name}' is {x.dtype}, wanted a floating-point tensor")
+            if first is not None and x.dtype != first[1].dtype and torch.float64 in (x.dtype, first[1].dtype):
+                raise TypeError(f"{who}: '{name}' is {x.dtype}, but '{first[0]}' is {first[1].dtype}")
+            first = first or (name, x)
+        elif kind == "int" and (x.dtype.is_floating_point or x.dtype == torch.bool):
+            raise TypeError(f"{who}: '{name}' is {x.dtype}, wanted integers")
+        elif kind == "bool" and x.dtype != torch.bool:
+            raise TypeError(f"{who}: '{name}' is {x.dtype}, wanted truth values")
+        if device is not None and x.device != device:
+            raise ValueError(f"{who}: '{name}' is on {x.device}, the others are on {device}")
+        device = x.device
+
+
+def check_offsets(who: str, cu_seqlens: Tensor | None, x: Tensor) -> None:
+    """A packed batch is one row; `cu_seqlens` are N + 1 integers. Their values are not read here."""
+    if cu_seqlens is None:
+        return
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"{who}: cu_seqlens wants a tensor of one dimension, [0, ..., T]")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{who}: cu_seqlens is {cu_seqlens.dtype}, wanted int32 or int64")
+    if x.shape[0] != 1:
+        raise ValueError(f"{who}: a packed batch has one row, not {x.shape[0]}")
+
+
+def check_state(who: str, name: str, state: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """An initial state: [N, ...] on the inputs' device, floating point."""
+    if not isinstance(state, Tensor) or tuple(state.shape) != shape:
+        have = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
+        raise ValueError(f"{who}: initial state '{name}' is {have}, wanted {list(shape)}")
+    if state.device != x.device:
+        raise ValueError(f"{who}: initial state '{name}' is on {state.device}, the inputs are on {x.device}")
+    if state.dtype not in FLOATS:
+        raise TypeError(f"{who}: initial state '{name}' is {state.dtype}, wanted a floating-point tensor")
+
+
+def check_values(who: str, name: str, x: Tensor, low: float | None, high: float | None) -> None:
+    """With check=True: no NaN or infinity, and the declared range (reads the values)."""
+    if x.dtype.is_floating_point and not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{who}: '{name}' has values that are not finite")
+    if low is not None and bool((x < low).any()) or high is not None and bool((x > high).any()):
+        raise ValueError(f"{who}: '{name}' leaves its declared range [{low}, {high}]")
+
+
+def check_packing(who: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """With check=True: offsets start at 0, do not fall and end at T (reads the values)."""
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in zip(values, values[1:])):
+        raise ValueError(f"{who}: cu_seqlens must rise from 0 to {tokens}, not {values[:8]}")

@@ -1,0 +1,271 @@
+"""The text of `_kernels.py`: kernels, their launches and the autograd functions around them."""
+
+from __future__ import annotations
+
+from chunkc.backends.scan import Operand, ScanForm, Side, scan_form
+from chunkc.backends.triton.kernel import Kernel
+from chunkc.backends.triton.schedule import SideKernel, SidePlan, pass_kernel
+from chunkc.backends.triton.vector import step_kernel, vector_kernel
+from chunkc.backends.writer import Lines, Writer
+from chunkc.ir import nodes as N
+from chunkc.ir.graph import Unit
+
+SIDES: tuple[Side, Side] = ("j", "i")
+
+
+def kernels_of(form: ScanForm, lines: Lines, spans: dict[str, str]) -> dict[str, Kernel]:
+    """The kernels of a scan by role: states, read_i, read_j, ends, grad_i, grad_j, gate_i, gate_j, token."""
+    out = {"states": pass_kernel(form, lines, spans, reverse=False)}
+    for side in SIDES:
+        reads = tuple(m for m, q in enumerate(form.queries) if q.side != side)
+        if reads:
+            plan = SidePlan(side, reads, (), forward=True)
+            out[f"read_{side}"] = SideKernel(form, plan, f"{form.name}_read_{side}", spans).build()
+    out["ends"] = pass_kernel(form, lines, spans, reverse=True)
+    writes = tuple(range(len(form.writes)))
+    for side in SIDES:
+        own = tuple(m for m, q in enumerate(form.queries) if q.side == side)
+        plan = SidePlan(side, own, writes)
+        out[f"grad_{side}"] = SideKernel(form, plan, f"{form.name}_grad_{side}", spans).build()
+        if form.gate(side) is None:
+            continue
+        if len(form.gates) == 2:  # one kernel a gate, to stay within six launches
+            plan = SidePlan(side, (), (), edges=True, pairs=True)
+            out[f"gate_{side}"] = SideKernel(form, plan, f"{form.name}_gate_{side}", spans).build()
+            continue
+        for name, plan in (
+            (f"edges_{side}", SidePlan(side, (), (), edges=True)),
+            (f"gate_{side}", SidePlan(side, (), (), pairs=True)),
+        ):
+            out[name] = SideKernel(form, plan, f"{form.name}_{name}", spans).build()
+    out["token"] = step_kernel(form, lines)
+    return out
+
+
+def spans_of(unit: Unit, lines: Lines) -> dict[str, str]:
+    return {n.id: lines.code(n.span) for n in unit.graph.nodes if n.span is not None}
+
+
+def prefix_of(unit: Unit, units: tuple[Unit, ...]) -> str:
+    """What stands before a scan's name where a module holds several units."""
+    return f"{unit.name}_" if len(units) > 1 else ""
+
+
+def emit_kernels(units: tuple[Unit, ...], lines: Lines) -> str:
+    """`_kernels.py` of a package."""
+    w = Writer()
+    w("from __future__ import annotations")
+    w()
+    w("from typing import Any")
+    w()
+    w("import torch")
+    w("import triton")
+    w("import triton.language as tl")
+    w("from torch import Tensor")
+    w()
+    w("from . import _runtime")
+    w("from ._runtime import LOG_SMALL, TILE, Sequences, log_gate")
+    w()
+    w("LEVELS = TILE.bit_length() - 1  # halvings of a tile down to single tokens")
+    w("BLOCK = 64  # columns of a side a program takes; Triton 3.6 miscompiles narrower products for Hopper")
+    w()
+    w()
+    _settings(w)
+    scans = [(u, s) for u in units for s in u.graph.of_kind(N.Scan)]
+    if any(not (s.i or s.j) for _, s in scans):
+        _vector(w)
+    for unit, scan in scans:
+        if scan.i or scan.j:
+            form = scan_form(scan, {n.id: n.axes for n in unit.graph.nodes}, prefix_of(unit, units))
+            _scan(form, kernels_of(form, lines, spans_of(unit, lines)), lines, w)
+    return w.text()
+
+
+def _settings(w: Writer) -> None:
+    with w.indented("def _types(seq: Sequences) -> dict[str, Any]:"):
+        w('"""The operand type of products, their precision, and whether gates are summed in two halves."""')
+        with w.indented("if seq.given == torch.float32 or _runtime.interpreted():"):
+            w('return {"DOT": tl.float32, "PRECISION": "ieee", "SPLIT": False}')
+        with w.indented("if seq.given == torch.float16:  # the range of float16 is too small for states and scores"):
+            w('return {"DOT": tl.float32, "PRECISION": "ieee" if torch.version.hip else "tf32", "SPLIT": True}')
+        w('return {"DOT": tl.bfloat16, "PRECISION": "ieee", "SPLIT": True}')
+    w()
+    w()
+    w("@triton.jit")
+    with w.indented("def masked_sum(mask, x, SPLIT: tl.constexpr):"):
+        w('"""For each row, the sum of the rows of x that its mask names; split, to 16 bits of each summand."""')
+        with w.indented("if SPLIT:"):
+            w("high = x.to(tl.bfloat16)")
+            w("low = (x - high.to(tl.float32)).to(tl.bfloat16)")
+            w("total = tl.dot(mask.to(tl.bfloat16), high) + tl.dot(mask.to(tl.bfloat16), low)")
+        with w.indented("else:"):
+            w('total = tl.dot(mask.to(tl.float32), x, input_precision="ieee")')
+        w("return total")
+
+
+def _vector(w: Writer) -> None:
+    for kernel in (vector_kernel(False, False), vector_kernel(True, False), vector_kernel(False, True)):
+        w()
+        w()
+        kernel.print(w)
+    w()
+    w()
+    head = "def _launch(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, reverse: bool, tropical: bool)"
+    with w.indented(f"{head} -> tuple[Tensor, Tensor]:"):
+        w("a, b, initial = a.contiguous(), b.contiguous(), initial.contiguous()")
+        w("start, stop, first, count = seq.tile_table()")
+        w("size = a.shape[2] * a.shape[3]")
+        w("out, last = torch.empty_like(a), torch.empty_like(initial)")
+        w("kernel = max_plus if tropical else vector_reverse if reverse else vector")
+        with w.indented("if seq.count:"):
+            w("kernel[(seq.count, triton.cdiv(size, 32))](")
+            w("    a, b, initial, out, last, start, stop, first, count,")
+            w("    D=size, C=TILE, LEVELS=LEVELS, BD=32, num_warps=4,")
+            w(")")
+        w("return out, last")
+    for name in ("vector_scan", "max_plus_scan"):
+        w()
+        w()
+        with w.indented(f"def {name}(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:"):
+            w(f"return _runtime.{name}(seq, a, b, initial, _launch)")
+
+
+def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -> None:
+    for kernel in kernels.values():
+        w()
+        w()
+        kernel.print(w)
+    names = [o.name for o in form.operands()]
+    typed = ", ".join(f"{n}: Tensor" for n in names)
+    outs = form.results()
+    w()
+    w()
+    with w.indented(f"class {form.name}_Scan(torch.autograd.Function):"):
+        w(f'"""The recurrence of {form.scan.name} ({lines.place(form.scan.span)})."""')
+        w()
+        w("@staticmethod")
+        with w.indented(f"def forward(ctx: Any, seq: Sequences, {typed}, initial: Tensor) -> tuple[Tensor, ...]:"):
+            w("operands = (" + "".join(f"{n}.contiguous(), " for n in names).rstrip() + ")")
+            w(f"{''.join(n + ', ' for n in names).rstrip()} = operands")
+            _prepare(form, w)
+            w("initial = initial.contiguous()")
+            w("states = initial.new_empty((tiles, H, I, J))")
+            w("last = torch.empty_like(initial)")
+            _launch(kernels["states"], "seq.count", "i * j", w)
+            for q, out in zip(form.queries, outs):
+                size = "J" if q.side == "i" else "I"
+                w(f"{out} = {names[0]}.new_empty((*{names[0]}.shape[:3], {size}))")
+            for side in ("j", "i"):
+                if f"read_{side}" in kernels:
+                    _launch(kernels[f"read_{side}"], "tiles", side, w)
+            w("ctx.seq = seq")
+            w("ctx.save_for_backward(*operands, states)")
+            w(f"return {', '.join([*outs, 'last'])}")
+        w()
+        w("@staticmethod")
+        grads = [f"d_{o}" for o in outs]
+        typed_grads = ", ".join(f"{g}: Tensor" for g in [*grads, "d_last"])
+        with w.indented(f"def backward(ctx: Any, {typed_grads}) -> tuple[Tensor | None, ...]:"):
+            _backward(form, kernels, names, grads, w)
+    w()
+    w()
+    _step(form, kernels["token"], names, typed, w)
+    w()
+    w()
+    with w.indented(f"def {form.name}_scan(seq: Sequences, {typed}, initial: Tensor) -> tuple[Tensor, ...]:"):
+        w('"""Operands [B, T, H, D]; gives each read before the update, and the last state."""')
+        grad = f"any(x.requires_grad for x in ({', '.join(names)}, initial))"
+        with w.indented(f"if seq.one_token and not (torch.is_grad_enabled() and {grad}):"):
+            w(f"return {form.name}_step(seq, {', '.join(names)}, initial)")
+        w(f"result: tuple[Tensor, ...] = {form.name}_Scan.apply(seq, {', '.join(names)}, initial)")
+        w("return result")
+
+
+def _prepare(form: ScanForm, w: Writer) -> None:
+    """Sizes, tiles, and the logarithms of gates that are none."""
+    i, j = form.writes[0]
+    w("start, stop, first, count = seq.tile_table()")
+    w("types = _types(seq)")
+    w(f"tiles, H, I, J = start.numel(), {i.name}.shape[2], {i.name}.shape[3], {j.name}.shape[3]")
+    for g in form.gates:
+        if g.raw:
+            w(f"{g.name} = log_gate({g.name})")
+
+
+def _argument(name: str) -> str:
+    return {"tile_start": "start", "tile_stop": "stop", "first_tile": "first", "tile_count": "count"}.get(name, name)
+
+
+def _launch(kernel: Kernel, rows: str, blocks: str, w: Writer, rename: dict[str, str] | None = None) -> None:
+    """A launch: programs over rows (tiles or sequences), blocks of a side or both, heads."""
+    count = {"i": "triton.cdiv(I, BLOCK)", "j": "triton.cdiv(J, BLOCK)",
+             "i * j": "triton.cdiv(I, BLOCK) * triton.cdiv(J, BLOCK)"}[blocks]  # fmt: skip
+    arguments = [_argument(a.removesuffix("_ptr")) for a in kernel.arguments]
+    arguments = [(rename or {}).get(a, a) for a in arguments]
+    given = {"H": "H", "I": "I", "J": "J", "C": "TILE", "LEVELS": "LEVELS", "BI": "BLOCK", "BJ": "BLOCK"}
+    types = [c for c in ("DOT", "PRECISION", "SPLIT") if c in kernel.constants]
+    with w.indented(f"if {rows}:"):
+        w(f"{kernel.name}[({rows}, {count}, H)](")
+        w(f"    {', '.join(arguments)},")
+        w(f"    {', '.join(f'{c}={given[c]}' for c in kernel.constants if c in given)},")
+        chosen = ", ".join(f'{c}=types["{c}"]' for c in types)
+        w(f"    {chosen}, num_warps={kernel.warps}, num_stages=1,")
+        w(")")
+
+
+def _backward(form: ScanForm, kernels: dict[str, Kernel], names: list[str], grads: list[str], w: Writer) -> None:
+    w("seq = ctx.seq")
+    w(f"{', '.join(names)}, states = ctx.saved_tensors")
+    w(f"{''.join(g + ', ' for g in grads).rstrip()} = {''.join(g + '.contiguous(), ' for g in grads).rstrip()}")
+    for g in form.gates:
+        if g.raw:
+            w(f"{g.name}_value = {g.name}")
+    _prepare(form, w)
+    w("d_last = d_last.contiguous()")
+    w("ends, d_initial = torch.empty_like(states), torch.empty_like(d_last)")
+    _launch(kernels["ends"], "seq.count", "i * j", w, {"initial": "d_last", "last": "d_initial", "states": "ends"})
+    for o in form.operands():
+        w(f"d_{o.name} = {_gradient_buffer(o)}")
+    for side in ("j", "i"):
+        _launch(kernels[f"grad_{side}"], "tiles", side, w)
+    for g in form.gates:
+        if g.raw:
+            w(f"# {g.name} is divided out of its gradient, so that exact zeros have one")
+            w(f"{g.name} = log_gate({g.name}_value, LOG_SMALL)")
+    for side in ("j", "i"):
+        for part in (f"edges_{side}", f"gate_{side}"):
+            if part in kernels:
+                _launch(kernels[part], "tiles", side, w)
+    for g in form.gates:
+        if g.thin:
+            w(f"d_{g.name} = d_{g.name}.sum(-1, keepdim=True)")
+        if g.raw:
+            w(f"d_{g.name} = d_{g.name} / {g.name}_value.clamp(min=2.0**-40)")
+    w(f"return None, {', '.join(f'd_{n}' for n in names)}, d_initial")
+
+
+def _gradient_buffer(o: Operand) -> str:
+    if not o.thin:
+        return f"torch.empty_like({o.name})"
+    size = "I" if o.side == "i" else "J"
+    return f"{o.name}.new_empty((*{o.name}.shape[:3], triton.cdiv({size}, BLOCK)))"
+
+
+def _step(form: ScanForm, kernel: Kernel, names: list[str], typed: str, w: Writer) -> None:
+    outs = form.results()
+    with w.indented(f"def {form.name}_step(seq: Sequences, {typed}, state: Tensor) -> tuple[Tensor, ...]:"):
+        w('"""One token of each sequence in one launch: the reads before the update, and the state after it."""')
+        w(f"{', '.join(names)}, state = {', '.join(f'{n}.contiguous()' for n in names)}, state.contiguous()")
+        i, j = form.writes[0]
+        w(f"H, I, J = {i.name}.shape[2], {i.name}.shape[3], {j.name}.shape[3]")
+        for q, out in zip(form.queries, outs):
+            size = "J" if q.side == "i" else "I"
+            w(f"{out} = {names[0]}.new_empty((*{names[0]}.shape[:3], {size}))")
+        w("new = torch.empty_like(state)")
+        arguments = [a.removesuffix("_ptr").replace("next", "new") for a in kernel.arguments]
+        with w.indented("if seq.count:"):
+            w(f"{kernel.name}[(seq.count, H)](")
+            w(f"    {', '.join(arguments)},")
+            w("    H=H, I=I, J=J, BI=triton.next_power_of_2(I), BJ=32, num_warps=4,")
+            w(")")
+        w(f"return {', '.join([*outs, 'new'])}")

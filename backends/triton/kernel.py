@@ -1,0 +1,263 @@
+"""Kernels as values: programs, loops, loads, dots and stores, printed once as Triton.
+
+The tests look at these values, not at text: what a loop runs over, which contractions are dots, what is stored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from chunkc.backends.writer import Writer
+
+RANKS = {"|": 1, "^": 2, "&": 3, "<": 0, "<=": 0, "==": 0, ">": 0, ">=": 0, ">>": 4, "<<": 4, "+": 5, "-": 5,
+         "*": 6, "//": 6, "%": 6}  # fmt: skip
+
+
+CONSTANTS = ("H", "I", "J", "D", "C", "LEVELS", "BI", "BJ", "BD", "DOT", "PRECISION", "SPLIT")
+
+
+@dataclass(frozen=True)
+class Expr:
+    """An expression: a name or literal (`op` its text), an infix operator, an index, or a call of `op`."""
+
+    op: str
+    args: tuple[Expr, ...] = ()
+    keywords: tuple[tuple[str, str], ...] = ()
+
+    def text(self, outer: int = -1) -> str:
+        if self.op == "index":
+            return f"{self.args[0].text(9)}[{self.keywords[0][1]}]"
+        if self.op == ".to":
+            return f"{self.args[0].text(9)}.to({self.args[1].text()})"
+        if self.op in RANKS and len(self.args) == 2:
+            rank = RANKS[self.op]
+            right = rank if self.op in "+*&|" else rank + 1
+            text = f"{self.args[0].text(rank)} {self.op} {self.args[1].text(max(right, 1))}"
+            return f"({text})" if rank < outer or rank == 0 and outer >= 0 else text
+        if not self.args and not self.keywords:
+            return self.op
+        inner = [a.text() for a in self.args] + [f"{k}={v}" for k, v in self.keywords]
+        return f"{self.op}({', '.join(inner)})"
+
+    def _infix(self, op: str, other: Value) -> Expr:
+        return Expr(op, (self, lift(other)))
+
+    def __add__(self, other: Value) -> Expr:
+        return self._infix("+", other)
+
+    def __sub__(self, other: Value) -> Expr:
+        return self._infix("-", other)
+
+    def __mul__(self, other: Value) -> Expr:
+        return self._infix("*", other)
+
+    def __floordiv__(self, other: Value) -> Expr:
+        return self._infix("//", other)
+
+    def __mod__(self, other: Value) -> Expr:
+        return self._infix("%", other)
+
+    def __rshift__(self, other: Value) -> Expr:
+        return self._infix(">>", other)
+
+    def __and__(self, other: Value) -> Expr:
+        return self._infix("&", other)
+
+    def __lt__(self, other: Value) -> Expr:
+        return self._infix("<", other)
+
+    def __gt__(self, other: Value) -> Expr:
+        return self._infix(">", other)
+
+    def same(self, other: Value) -> Expr:
+        return self._infix("==", other)
+
+    def to(self, dtype: str) -> Expr:
+        """The value in another element type."""
+        return Expr(".to", (self, lift(dtype)))
+
+    @property
+    def rows(self) -> Expr:
+        """A vector as a column: one value a row."""
+        return Expr("index", (self,), (("at", ":, None"),))
+
+    @property
+    def cols(self) -> Expr:
+        """A vector as a row: one value a column."""
+        return Expr("index", (self,), (("at", "None, :"),))
+
+    def walk(self) -> Iterator[Expr]:
+        yield self
+        for a in self.args:
+            yield from a.walk()
+
+
+Value = Expr | str | int | float
+
+
+def lift(x: Value) -> Expr:
+    return x if isinstance(x, Expr) else Expr(str(x) if not isinstance(x, float) else repr(x))
+
+
+def call(fn: str, *args: Value, **keywords: str) -> Expr:
+    return Expr(fn, tuple(lift(a) for a in args), tuple(keywords.items()))
+
+
+def where(cond: Expr, a: Value, b: Value) -> Expr:
+    return call("tl.where", cond, a, b)
+
+
+def exp(x: Expr) -> Expr:
+    return call("tl.exp", x)
+
+
+def trans(x: Expr) -> Expr:
+    return call("tl.trans", x)
+
+
+def dot(a: Expr, b: Expr) -> Expr:
+    """A product of tiles in the operand type that the launcher chose, summed in float32."""
+    return call("tl.dot", a.to("DOT"), b.to("DOT"), input_precision="PRECISION")
+
+
+def masked_sum(mask: Expr, x: Expr) -> Expr:
+    """For each row, the sum of the rows of x that its mask names: a product with zeros and ones."""
+    return call("masked_sum", mask, x, "SPLIT")
+
+
+@dataclass(frozen=True)
+class Let:
+    """name = value, or name += value."""
+
+    name: str
+    value: Expr
+    add: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Store:
+    pointer: Expr
+    value: Expr
+    mask: Expr | None
+
+
+@dataclass(frozen=True)
+class Loop:
+    """for name in range(stop): `over` says what it runs over: tiles, levels, or blocks of a side."""
+
+    name: str
+    stop: Expr
+    over: str
+    body: tuple[Statement, ...]
+
+
+@dataclass(frozen=True)
+class Note:
+    text: str
+
+
+Statement = Let | Store | Loop | Note
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel: pointer arguments, statements, and the warps of a program.
+
+    Warps are chosen so that nothing spills on sm_90 at I = J = 128 in bfloat16; a test compiles them."""
+
+    name: str
+    doc: str
+    arguments: tuple[str, ...]
+    body: tuple[Statement, ...]
+    warps: int = 4
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """The compile-time constants that a statement reads: sizes, blocks and operand types."""
+        w = Writer()
+        _print_body(self.body, w)
+        words = set(re.findall(r"\w+", w.text()))
+        return tuple(c for c in CONSTANTS if c in words)
+
+    def statements(self) -> Iterator[Statement]:
+        def walk(body: tuple[Statement, ...]) -> Iterator[Statement]:
+            for s in body:
+                yield s
+                if isinstance(s, Loop):
+                    yield from walk(s.body)
+
+        return walk(self.body)
+
+    def expressions(self) -> Iterator[Expr]:
+        for s in self.statements():
+            if isinstance(s, Let):
+                yield from s.value.walk()
+            elif isinstance(s, Store):
+                yield from s.pointer.walk()
+                yield from s.value.walk()
+            elif isinstance(s, Loop):
+                yield from s.stop.walk()
+
+    def print(self, w: Writer) -> None:
+        w("@triton.jit")
+        arguments = [*self.arguments, *(f"{c}: tl.constexpr" for c in self.constants)]
+        with w.indented(f"def {self.name}("):
+            line = ""
+            for a in arguments:
+                if len(line) + len(a) > 100:
+                    w(line.rstrip())
+                    line = ""
+                line += f"{a}, "
+            w(line.rstrip())
+        with w.indented("):"):
+            w(f'"""{self.doc}"""')
+            _print_body(self.body, w)
+
+
+def _print_body(body: tuple[Statement, ...], w: Writer) -> None:
+    for s in body:
+        if isinstance(s, Note):
+            w(f"# {s.text}")
+        elif isinstance(s, Let):
+            w(f"{s.name} {'+=' if s.add else '='} {s.value.text()}" + (f"  # {s.note}" if s.note else ""))
+        elif isinstance(s, Store):
+            mask = f", mask={s.mask.text()}" if s.mask is not None else ""
+            w(f"tl.store({s.pointer.text()}, {s.value.text()}{mask})")
+        else:
+            with w.indented(f"for {s.name} in range({s.stop.text()}):"):
+                _print_body(s.body, w)
+
+
+@dataclass
+class Builder:
+    """Collects a kernel's statements."""
+
+    body: list[Statement] = field(default_factory=list)
+
+    def let(self, name: str, value: Value, note: str = "") -> Expr:
+        self.body.append(Let(name, lift(value), note=note))
+        return Expr(name)
+
+    def add(self, name: Expr, value: Expr) -> None:
+        self.body.append(Let(name.op, value, add=True))
+
+    def note(self, text: str) -> None:
+        self.body.append(Note(text))
+
+    def load(self, name: str, pointer: Expr, mask: Expr | None, note: str = "") -> Expr:
+        arguments: tuple[Value, ...] = (pointer,)
+        keywords = {} if mask is None else {"mask": mask.text(), "other": "0.0"}
+        return self.let(name, call("tl.load", *arguments, **keywords), note)
+
+    def store(self, pointer: Expr, value: Expr, mask: Expr | None) -> None:
+        self.body.append(Store(pointer, value, mask))
+
+    @contextmanager
+    def loop(self, name: str, stop: Value, over: str) -> Iterator[Expr]:
+        outer, self.body = self.body, []
+        yield Expr(name)
+        outer.append(Loop(name, lift(stop), over, tuple(self.body)))
+        self.body = outer

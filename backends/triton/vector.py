@@ -1,0 +1,106 @@
+"""Kernels without a product: elementwise scans over a sequence, and one token of a matrix scan."""
+
+from __future__ import annotations
+
+from chunkc.backends.scan import ScanForm, Side
+from chunkc.backends.triton.kernel import Builder, Expr, Kernel, call, exp, where
+from chunkc.backends.writer import Lines
+
+
+def vector_kernel(reverse: bool, tropical: bool) -> Kernel:
+    """h = a * h + b, or h = max(a + h, b): h before each token, a block of channels a program."""
+    name = "max_plus" if tropical else "vector_reverse" if reverse else "vector"
+    b = Builder()
+    sequence = b.let("sequence", call("tl.program_id", 0).to("tl.int64"))
+    block = b.let("block", call("tl.program_id", 1))
+    row = b.let("row", call("tl.arange", 0, "C"))
+    col = b.let("col", block * "BD" + call("tl.arange", 0, "BD"))
+    has = b.let("has", col < "D")
+    state = b.load("state", Expr("initial_ptr") + sequence * "D" + col, has)
+    first = b.load("first", Expr("first_tile_ptr") + sequence, None)
+    count = b.load("count", Expr("tile_count_ptr") + sequence, None)
+    with b.loop("step", count, "tiles") as step:
+        tile = b.let("tile", first + count - 1 - step if reverse else first + step)
+        start = b.load("start", Expr("tile_start_ptr") + tile, None)
+        stop = b.load("stop", Expr("tile_stop_ptr") + tile, None)
+        token = b.let("token", start + (Expr("C") - 1 - row) if reverse else start + row)
+        b.let("mask", (token < stop).rows & has.cols)
+        cell = b.let("cell", token.rows * "D" + col.cols)
+        idle = ("0.0", 'float("-inf")') if tropical else ("1.0", "0.0")
+        a = b.let("a", call("tl.load", Expr("a_ptr") + cell, mask="mask", other=idle[0]))
+        x = b.let("b", call("tl.load", Expr("b_ptr") + cell, mask="mask", other=idle[1]))
+        b.note("blocks of growing size: the later half takes over the end of the earlier one")
+        with b.loop("level", "LEVELS", "levels") as level:
+            upper = b.let("upper", ((row >> level) & 1).same(1))
+            source = where(upper, Expr("<<", (row >> level, level)) - 1, row)
+            source = b.let("source", call("tl.broadcast_to", source.rows, "(C, BD)"))
+            low_a, low_b = call("tl.gather", a, source, 0), call("tl.gather", x, source, 0)
+            low_b, low_a = b.let("low_b", low_b), b.let("low_a", low_a)
+            joined = call("tl.maximum", a + low_b, x) if tropical else a * low_b + x
+            b.let("b", where(upper.rows, joined, x))
+            b.let("a", where(upper.rows, a + low_a if tropical else a * low_a, a))
+        entering = state.cols
+        after = call("tl.maximum", a + entering, x) if tropical else a * entering + x
+        after = b.let("after", after)
+        previous = b.let("previous", call("tl.broadcast_to", call("tl.maximum", row - 1, 0).rows, "(C, BD)"))
+        before = where(row.same(0).rows, entering, call("tl.gather", after, previous, 0))
+        b.store(Expr("out_ptr") + cell, before, Expr("mask"))
+        b.let("state", call("tl.sum", where(row.same(Expr("C") - 1).rows, after, 0.0), 0))
+    b.store(Expr("last_ptr") + sequence * "D" + col, state, has)
+    doc = "h = max(a + h, b)" if tropical else "h = a * h + b"
+    doc += ": h after each token, from the last to the first." if reverse else ": h before each token."
+    arguments = ("a_ptr", "b_ptr", "initial_ptr", "out_ptr", "last_ptr", "tile_start_ptr", "tile_stop_ptr",
+                 "first_tile_ptr", "tile_count_ptr")  # fmt: skip
+    return Kernel(name, doc, arguments, tuple(b.body))
+
+
+def step_kernel(form: ScanForm, lines: Lines) -> Kernel:
+    """One token: the reads of the state before the update, and the state after it. A program a sequence and head."""
+    b = Builder()
+    sequence = b.let("sequence", call("tl.program_id", 0).to("tl.int64"))
+    head = b.let("head", call("tl.program_id", 1))
+    base = b.let("base", sequence * "H" + head)
+    col_i = b.let("col_i", call("tl.arange", 0, "BI"))
+    has_i = b.let("has_i", col_i < "I")
+
+    def operand(name: str, side: Side, thin: bool) -> Expr:
+        if thin:
+            return b.load(name, Expr(f"{name}_ptr") + base, None)
+        cols, has, size = (col_i, has_i, "I") if side == "i" else (Expr("col_j"), Expr("has_j"), "J")
+        return b.load(name, Expr(f"{name}_ptr") + base * size + cols, has)
+
+    for o in form.operands():
+        if o.side == "i":
+            operand(o.name, "i", o.thin)
+    for q in form.queries:
+        if q.side == "j":
+            b.let(f"out_{q.name}", call("tl.zeros", "(BI,)", "tl.float32"))
+    with b.loop("part", call("tl.cdiv", "J", "BJ"), "blocks of side j") as part:
+        col_j = b.let("col_j", part * "BJ" + call("tl.arange", 0, "BJ"))
+        has_j = b.let("has_j", col_j < "J")
+        for o in form.operands():
+            if o.side == "j":
+                operand(o.name, "j", o.thin)
+        cell = b.let("cell", base * (Expr("I") * "J") + col_i.rows * "J" + col_j.cols)
+        has = b.let("has", has_i.rows & has_j.cols)
+        state = b.load("state", Expr("state_ptr") + cell, has)
+        for q in form.queries:
+            x = Expr(q.name)
+            if q.side == "i":
+                read = call("tl.sum", x.rows * state, 0)
+                b.store(Expr(f"out_{q.name}_ptr") + base * "J" + col_j, read, has_j)
+            else:
+                b.add(Expr(f"out_{q.name}"), call("tl.sum", x.cols * state, 1))
+        new = state
+        for g in form.gates:
+            factor = Expr(g.name) if g.raw else exp(Expr(g.name))
+            new = new * (factor if g.thin else factor.rows if g.side == "i" else factor.cols)
+        for p in form.write_pairs():
+            new = new + Expr(p.i).rows * Expr(p.j).cols
+        b.store(Expr("next_ptr") + cell, b.let("new", new, lines.place(form.scan.span)), has)
+    for q in form.queries:
+        if q.side == "j":
+            b.store(Expr(f"out_{q.name}_ptr") + base * "I" + col_i, Expr(f"out_{q.name}"), has_i)
+    names = [*(f"{o.name}_ptr" for o in form.operands()), *(f"out_{q.name}_ptr" for q in form.queries)]
+    return Kernel(f"{form.name}_token", f"One token of {form.scan.name}.", (*names, "state_ptr", "next_ptr"),
+                  tuple(b.body))  # fmt: skip

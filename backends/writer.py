@@ -1,0 +1,76 @@
+"""A writer of Python text: lines, indentation, names, and the spec lines that comments show."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from chunkc.ir.diagnostics import SourceFile, Span
+
+
+class Writer:
+    """Collects lines; `indented` nests them."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.depth = 0
+
+    def __call__(self, line: str = "") -> None:
+        self.lines.append("    " * self.depth + line if line else "")
+
+    @contextmanager
+    def indented(self, head: str) -> Iterator[None]:
+        self(head)
+        self.depth += 1
+        yield
+        self.depth -= 1
+
+    def text(self) -> str:
+        return "\n".join(self.lines).rstrip() + "\n"
+
+
+class Lines:
+    """Finds the line of the spec behind a span: `name.spec:14` and its text."""
+
+    def __init__(self, source: SourceFile) -> None:
+        self.source = source
+
+    def place(self, span: Span | None) -> str:
+        return "" if span is None else f"{span.file}:{self.source.position(span.start)[0]}"
+
+    def code(self, span: Span | None) -> str:
+        """The spec's line, without its comment, and where it stands."""
+        if span is None:
+            return ""
+        text = self.source.line(self.source.position(span.start)[0]).split("#")[0].strip()
+        return f"{text}   {self.place(span)}"
+
+
+# Names that an emitted module uses for itself.
+_MODULE_NAMES = """
+torch nn F math Tensor ModuleType NamedTuple dataclass self seq scans ct device dtype given start count state
+new check cu_seqlens initial_state output_final_state position step factory batch float int bool len tuple super
+next range Sequences Weights axis_size check_offsets check_packing check_state check_tensors check_values
+compute_dtype exact inv_softplus l2_norm lay layer_norm linear rms_norm softmax stopped use_kernels length
+row_of
+"""
+MODULE_NAMES = frozenset(_MODULE_NAMES.split())
+
+
+def identifier(name: str) -> str:
+    """A Python identifier for a spec's name: keywords and names of the emitted module get an underscore behind."""
+    clean = re.sub(r"\W", "_", name)
+    reserved = keyword.iskeyword(clean) or keyword.issoftkeyword(clean) or clean in MODULE_NAMES
+    return clean + "_" if reserved else clean
+
+
+def is_name(id_: str) -> bool:
+    """Whether a node's id is a name that the spec gave (or could have given)."""
+    return re.fullmatch(r"[A-Za-z]\w*", id_) is not None
+
+
+def quoted(text: str) -> str:
+    """Text that may stand inside a docstring in triple double quotes."""
+    return text.replace("\\", "\\\\").replace('"', "'")

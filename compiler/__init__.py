@@ -1,0 +1,91 @@
+"""chunkc: a compiler from named-axis equations to PyTorch and Triton.
+
+Importing this package imports nothing else of it: a name is fetched when it is used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from types import ModuleType
+
+    from chunkc.ir.diagnostics import CompileError, Diagnostic
+
+__version__ = "0.1.0"
+__all__ = ["CompileError", "Diagnostic", "__version__", "build", "check", "load"]
+
+_LAZY = {"CompileError": "chunkc.ir.diagnostics", "Diagnostic": "chunkc.ir.diagnostics"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def check(path: str | Path) -> tuple[Diagnostic, ...]:
+    """What is wrong with a spec file: its errors, or its warnings, or nothing."""
+    from pathlib import Path
+
+    from chunkc.driver import check_path
+    from chunkc.ir.diagnostics import CompileError
+
+    try:
+        return check_path(Path(path)).warnings
+    except CompileError as failure:
+        return failure.diagnostics
+
+
+def build(path: str | Path, out_dir: str | Path, settings: Mapping[str, int | float | bool] | None = None) -> Path:
+    """Compile a spec file into the package `out_dir/<name of the file>`; the package's folder.
+
+    `settings` fixes parameters by name.
+
+    Raises:
+        CompileError: if the spec is wrong, or the folder holds something that is no emitted package.
+        SettingError: (a ValueError) if a setting names no parameter or does not fit it.
+    """
+    from pathlib import Path
+
+    from chunkc.artifact import pack, package_name, publish, spec_name
+    from chunkc.backends.package import emit_files
+    from chunkc.driver import compile_source
+    from chunkc.ir.diagnostics import SourceFile
+
+    source = SourceFile.read(Path(path), spec_name(path))
+    folder = Path(out_dir) / package_name(source.name)
+    publish(pack(compile_source(source), emit_files, settings or {}), folder)
+    return folder
+
+
+def load(path: str | Path, settings: Mapping[str, int | float | bool] | None = None) -> ModuleType:
+    """Compile a spec file and import the result; what was compiled before comes from the cache.
+
+    Raises:
+        CompileError: if the spec is wrong.
+        SettingError: (a ValueError) if a setting names no parameter or does not fit it.
+    """
+    from pathlib import Path
+
+    from chunkc.artifact import fingerprint, load_package, pack, package_name, spec_name
+    from chunkc.cache import fetch
+    from chunkc.ir.diagnostics import SourceFile
+
+    source = SourceFile.read(Path(path), spec_name(path))
+    chosen = settings or {}
+
+    def make() -> dict[str, str]:
+        from chunkc.backends.package import emit_files
+        from chunkc.driver import compile_source
+
+        return pack(compile_source(source), emit_files, chosen)
+
+    return load_package(fetch(fingerprint(source, chosen), package_name(source.name), make))

@@ -1,0 +1,77 @@
+"""The whole compile in one place: text, checked units, normal form, emitted files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from chunkc.dsl.check import check
+from chunkc.dsl.parser import parse_partial
+from chunkc.ir.diagnostics import CompileError, Diagnostic, SourceFile
+from chunkc.ir.graph import Module, Unit
+from chunkc.ir.nodes import Recur
+from chunkc.pipeline import run
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A file's units at the semantic level, its warnings, and its sources by name for rendering diagnostics."""
+
+    source: SourceFile
+    module: Module
+    warnings: tuple[Diagnostic, ...]
+
+    @property
+    def sources(self) -> dict[str, SourceFile]:
+        return {self.source.name: self.source}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A checked file and its units at the normal level, in the same order."""
+
+    checked: Checked
+    units: tuple[Unit, ...]
+
+
+def check_source(source: SourceFile) -> Checked:
+    """Parse and check.
+
+    Raises:
+        CompileError: with every independent error of the first stage that fails.
+    """
+    file, syntax, dropped = parse_partial(source)
+    if syntax:
+        raise CompileError(syntax)
+    module, found = check(file, source.name, dropped)
+    errors = [d for d in found if d.severity == "error"]
+    if errors:
+        raise CompileError(errors)
+    return Checked(source, module, tuple(found))
+
+
+def check_path(path: Path, name: str | None = None) -> Checked:
+    """`check_source` of a file; `name` is what diagnostics and emitted comments call it (its base name if unsaid)."""
+    return check_source(SourceFile.read(path, name or path.name))
+
+
+def compile_source(source: SourceFile) -> Compiled:
+    """Check, then bring every unit to normal form."""
+    checked = check_source(source)
+    units = tuple(u.evolve(graph=run(u.graph)) for u in checked.module.units)
+    found = [w for u in units for w in warnings_of(u)]
+    return Compiled(replace(checked, warnings=(*checked.warnings, *found)), units)
+
+
+def warnings_of(unit: Unit) -> list[Diagnostic]:
+    """What a unit's normal form is worth warning of: recurrences that lost their chunk form to an unproven gate."""
+    out = []
+    for node in unit.graph.of_kind(Recur):
+        if "may grow" in node.reason:
+            span = node.carried[0].span or unit.span
+            out.append(Diagnostic(
+                "gate-may-grow", node.reason, span, severity="warning",
+                notes=("it runs one token at a time",),
+                hints=("write the gate as exp of something not positive or as a sigmoid, or declare 'in [0, 1]'",),
+            ))  # fmt: skip
+    return out

@@ -1,0 +1,236 @@
+"""What the compiler knows of a unit: `chunkc explain`. Facts are plain data; each names its spec line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from chunkc.driver import Compiled
+from chunkc.ir import nodes as N
+from chunkc.ir.axes import Number, Size
+from chunkc.ir.diagnostics import SourceFile, Span
+from chunkc.ir.graph import Graph, Unit
+from chunkc.ir.ranges import Ranges
+
+SCHEMA = 1
+
+
+def facts(compiled: Compiled) -> list[dict[str, Any]]:
+    """The facts of each unit, in the file's order. The schema is stable: keys are added, never changed."""
+    source = compiled.checked.source
+    semantic = compiled.checked.module.units
+    return [_unit(source, before, after) for before, after in zip(semantic, compiled.units)]
+
+
+def _place(source: SourceFile, span: Span | None) -> str:
+    return "" if span is None else f"{span.file}:{source.position(span.start)[0]}"
+
+
+def _unit(source: SourceFile, semantic: Unit, unit: Unit) -> dict[str, Any]:
+    graph = unit.graph
+    return {
+        "schema": SCHEMA,
+        "unit": unit.name,
+        "kind": unit.kind,
+        "line": _place(source, unit.span),
+        "inputs": [_tensor(source, graph, n.name, n) for n in graph.of_kind(N.Input)],
+        "parameters": [_tensor(source, graph, n.name, n) for n in graph.of_kind(N.Param)],
+        "outputs": [
+            {**_tensor(source, graph, name, graph[id_]),
+             "causality": "looks ahead" if name in unit.looks_ahead else "causal"}
+            for name, id_ in graph.outputs
+        ],
+        "step": not unit.looks_ahead,
+        "sizes": {a.name: a.size.text() for a in graph.axes if a.size is not None},
+        "recurrences": list(_recurrences(source, graph)),
+        "operations": _cost_data(operations(graph)),
+        "least_elements": _cost_data(elements(graph)),
+    }  # fmt: skip
+
+
+def _tensor(source: SourceFile, graph: Graph, name: str, node: N.AnyNode) -> dict[str, Any]:
+    return {"name": name, "axes": list(node.axes), "type": node.dtype, "line": _place(source, node.span)}
+
+
+# -- recurrences -------------------------------------------------------------------------------------------------------
+
+
+def _recurrences(source: SourceFile, graph: Graph) -> Iterable[dict[str, Any]]:
+    ranges = Ranges(graph.by_id)
+    for node in graph.nodes:
+        if isinstance(node, N.Scan):
+            yield _scan(source, graph, node, ranges)
+        elif isinstance(node, N.Recur):
+            yield {
+                "states": [c.name for c in node.carried],
+                "line": _place(source, node.span),
+                "form": "sequential",
+                "reason": node.reason,
+                "state": [_state(graph, c.name, c.axes) for c in node.carried],
+            }
+
+
+def _scan(source: SourceFile, graph: Graph, scan: N.Scan, ranges: Ranges) -> dict[str, Any]:
+    gates = [graph[g.arg] for g in scan.gates]
+    constant = all(scan.axis not in g.axes for g in gates)
+    return {
+        "states": [scan.name],
+        "line": _place(source, scan.span),
+        "form": "chunk",
+        "transition": {
+            "algebra": scan.algebra,
+            "structure": _structure(scan, gates),
+            "dependence": "constant" if constant else "by token",
+            "field": "real",
+            "gates": [_place(source, g.span) for g in gates],
+        },
+        "writes": len(scan.writes) or int(scan.add is not None),
+        "reads": len(scan.queries) or 1,
+        "numerics": _licence(scan, gates, ranges),
+        "state": [_state(graph, scan.name, scan.declared)],
+    }
+
+
+def _structure(scan: N.Scan, gates: list[N.AnyNode]) -> str:
+    if not gates:
+        return "none"
+    axes = {a for g in gates for a in g.axes}
+    if not (scan.i or scan.j):
+        return "elementwise"
+    key, value = bool(axes & set(scan.i)), bool(axes & set(scan.j))
+    if key and value:
+        return "a product of both sides"
+    if key or value:
+        return f"by {', '.join(scan.i if key else scan.j)}"
+    return f"by {', '.join(a for a in scan.batch if a in axes)}" if axes - {scan.axis} else "by step"
+
+
+def _licence(scan: N.Scan, gates: list[N.AnyNode], ranges: Ranges) -> dict[str, Any]:
+    """What is proven of the gate, and how exponents are anchored on that proof."""
+    if scan.algebra == "max-plus":
+        return {"gate": "max-plus", "anchoring": "none", "gate_gradient": "by the larger argument"}
+    if not gates:
+        return {"gate": "1", "anchoring": "none", "gate_gradient": "none"}
+    logs = all(g.log for g in scan.gates)
+    bounds = [ranges[g.id] for g in gates]
+    if not (scan.i or scan.j):
+        return {"gate": "in [0, 1]", "anchoring": "none: states are multiplied", "gate_gradient": "direct"}
+    proven = "log-gate at most 0" if logs else "in [0, 1]"
+    least = min(low for low, _ in bounds)
+    return {
+        "gate": proven,
+        "least": least if least > float("-inf") else None,
+        "anchoring": "halves: every exponent is at most 0, for any gate",
+        "gate_gradient": "sums over straddling pairs" if logs else "direct gate gradient",
+    }
+
+
+def _state(graph: Graph, name: str, axes: tuple[str, ...]) -> dict[str, Any]:
+    return {"name": name, "axes": list(axes), "elements": _cost_data({_fixed(graph, axes): 1})}
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+Cost = dict[tuple[str, ...], int]  # how many times the product of these axes' sizes
+
+
+def _fixed(graph: Graph, axes: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(a for a in axes if graph.axis[a].size is not None))
+
+
+def _add(cost: Cost, count: int, graph: Graph, axes: Iterable[str]) -> None:
+    key = _fixed(graph, axes)
+    cost[key] = cost.get(key, 0) + count
+
+
+def operations(graph: Graph) -> Cost:
+    """Floating-point operations a token: 2 for each product summed, 1 for each element of an elementwise function.
+
+    A scan counts in its recurrent form: 1 for each gate, 2 for each write and each read, an element of the state."""
+    cost: Cost = {}
+    for node in graph.nodes:
+        if isinstance(node, N.Scan):
+            count = len(node.gates) + 2 * len(node.writes) + 2 * len(node.queries) + int(node.add is not None)
+            _add(cost, count, graph, (*node.batch, *node.i, *node.j))
+        elif isinstance(node, N.Linear):
+            _add(cost, 2, graph, (*graph[node.arg].axes, *node.to))
+        elif isinstance(node, N.Conv):
+            _add(cost, 2, graph, graph[node.weight].axes)
+        elif isinstance(node, N.Map) and node.fn not in ("as", "stop") and _timed(graph, node):
+            _add(cost, 1, graph, node.axes)
+        elif isinstance(node, N.Reduce) and _timed(graph, graph[node.arg]):
+            _add(cost, 1, graph, graph[node.arg].axes)
+        elif isinstance(node, N.Recur):
+            for axes, count in operations(node.body).items():
+                _add(cost, count, graph, axes)
+    return cost
+
+
+def _timed(graph: Graph, node: N.AnyNode) -> bool:
+    """Whether a value is computed anew for each token; in a recurrence's body all are."""
+    return any(graph.axis[a].kind == "time" for a in node.axes) or bool(graph.of_kind(N.State))
+
+
+def elements(graph: Graph) -> Cost:
+    """Elements that cross memory at least, a token: each input read once and each output written once."""
+    cost: Cost = {}
+    for node in [*graph.of_kind(N.Input), *(graph[id_] for _, id_ in graph.outputs)]:
+        _add(cost, 1, graph, node.axes)
+    return cost
+
+
+def evaluate(cost: Cost, graph: Graph, settings: Mapping[str, Number]) -> int:
+    """The number behind a cost for these parameters."""
+    return sum(n * math.prod(_value(graph.axis[a].size, settings) for a in axes) for axes, n in cost.items())
+
+
+def _value(size: Size | None, settings: Mapping[str, Number]) -> int:
+    return 1 if size is None else int(size.evaluate(settings))
+
+
+def _cost_data(cost: Cost) -> list[dict[str, Any]]:
+    return [{"count": n, "axes": list(axes)} for axes, n in sorted(cost.items(), key=lambda c: (-len(c[0]), c[0]))]
+
+
+def _cost_text(data: list[dict[str, Any]]) -> str:
+    terms = [" ".join([*([str(t["count"])] if t["count"] != 1 or not t["axes"] else []), *t["axes"]]) for t in data]
+    return " + ".join(terms) or "0"
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def render_facts(found: list[dict[str, Any]]) -> str:
+    """The facts as a person reads them."""
+    out: list[str] = []
+    for unit in found:
+        out.append(f"{unit['kind']} {unit['unit']}  ({unit['line']})")
+        for t in unit["inputs"]:
+            out.append(f"  input   {t['name']}[{', '.join(t['axes'])}]  ({t['line']})")
+        for t in unit["outputs"]:
+            out.append(f"  output  {t['name']}[{', '.join(t['axes'])}]: {t['causality']}  ({t['line']})")
+        for r in unit["recurrences"]:
+            out += _render_recurrence(r)
+        out.append(f"  a token takes {_cost_text(unit['operations'])} operations")
+        out.append(f"  and moves at least {_cost_text(unit['least_elements'])} elements")
+        out.append(f"  step(): {'yes' if unit['step'] else 'no, an output looks ahead'}")
+        out.append("")
+    return "\n".join(out).rstrip() + "\n"
+
+
+def _render_recurrence(r: dict[str, Any]) -> list[str]:
+    names = " and ".join(r["states"])
+    if r["form"] == "sequential":
+        out = [f"  {names}: one token at a time  ({r['line']})", f"    reason      {r['reason']}"]
+    else:
+        t, n = r["transition"], r["numerics"]
+        gates = f"  ({', '.join(g for g in t['gates'] if g)})" if any(t["gates"]) else ""
+        out = [
+            f"  {names}: chunk form  ({r['line']})",
+            f"    transition  {t['algebra']}, {t['structure']}, {t['dependence']}, {t['field']}{gates}",
+            f"    numerics    gate {n['gate']}; anchoring {n['anchoring']}; gradient {n['gate_gradient']}",
+        ]
+    for s in r["state"]:
+        out.append(f"    state       {s['name']}[{', '.join(s['axes'])}]: {_cost_text(s['elements'])} elements")
+    return out

@@ -1,0 +1,47 @@
+"""The list of passes, and how they run."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from chunkc.ir.graph import Graph
+from chunkc.ir.verify import VerifyError, verify
+from chunkc.passes.normalize import Normalize
+
+
+class InternalError(Exception):
+    """A graph between passes breaks the rules of its level: a bug of the compiler, whatever the spec says."""
+
+
+class Pass(Protocol):
+    """A step from a valid graph to a valid graph; a frozen dataclass whose fields are its options."""
+
+    @property
+    def name(self) -> str: ...
+
+    def run(self, graph: Graph) -> Graph: ...
+
+
+PASSES: tuple[Pass, ...] = (
+    Normalize(),  # first: everything after it sees scans and maps, never equations
+)
+
+
+def run(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> Graph:
+    """Run the passes in order, on a valid graph and to a valid graph each.
+
+    Raises:
+        InternalError: the input, or what a pass made of it, is no valid graph.
+    """
+    _check(graph, "before the first pass")
+    for p in passes:
+        graph = p.run(graph)
+        _check(graph, f"after the pass '{p.name}'")
+    return graph
+
+
+def _check(graph: Graph, where: str) -> None:
+    try:
+        verify(graph, graph.level)
+    except VerifyError as reason:
+        raise InternalError(f"internal error {where}: {reason}") from reason

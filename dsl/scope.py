@@ -1,0 +1,138 @@
+"""Names of a unit and what they stand for."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+
+from chunkc.dsl import tree as T
+from chunkc.ir.axes import Axis, Size
+from chunkc.ir.diagnostics import Report, Span
+
+MAX_WORK = 40_000
+MAX_FOUND = 100
+MAX_NEAR = 1000  # names among which a similar one is looked for
+
+
+@dataclass(frozen=True)
+class AxisName:
+    axis: Axis
+    span: Span
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the unit: a node of the outer graph."""
+
+    id: str
+    span: Span
+
+
+@dataclass
+class StateName:
+    """A state: inside its recurrence `current` is the body node it stands for; outside, `outer` its trajectory."""
+
+    axes: tuple[str, ...]
+    span: Span
+    initial: str | None
+    current: str = ""
+    outer: str = ""
+    final: str = ""
+    weights_used: list[Span] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BodyValue:
+    """A tensor defined inside the recurrence that is being checked."""
+
+    id: str
+    span: Span
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A parameter of the unit."""
+
+    size: Size
+    type: str
+    span: Span
+
+
+@dataclass(frozen=True)
+class FunctionName:
+    decl: T.FnDecl
+    span: Span
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A name whose definition was reported already: using it is silent."""
+
+    span: Span
+
+
+class Stop(Exception):
+    """Checking ends: the file is too large, or has more errors than anyone reads."""
+
+
+@dataclass
+class Work:
+    """What checking a file may cost: names, statements and expressions, those of inlined functions too."""
+
+    report: Report
+    left: int = MAX_WORK
+
+    def spend(self, span: Span, amount: int = 1) -> None:
+        """Raises Stop beyond the limit."""
+        self.left -= amount
+        if self.left < 0:
+            self.report.error("too-large", f"this file takes over {MAX_WORK} steps to check", span,
+                              hints=("split it into several files",))  # fmt: skip
+            raise Stop
+        if len(self.report.found) >= MAX_FOUND:
+            raise Stop
+
+
+Symbol = AxisName | Value | StateName | BodyValue | Setting | FunctionName | Broken
+
+
+@dataclass
+class Scope:
+    """One namespace a unit, without shadowing."""
+
+    report: Report
+    reserved: frozenset[str]
+    silenced: frozenset[str] = frozenset()
+    units: frozenset[str] = frozenset()  # layers and ops: they can be named, not used yet
+    uses: bool = False  # whether other files may define what is called
+    names: dict[str, Symbol] = field(default_factory=dict)
+
+    def declare(self, name: T.Name, symbol: Symbol) -> bool:
+        """Enter a name; reports a clash and keeps the first."""
+        if name.text in self.reserved:
+            self.report.error("name-taken", f"'{name.text}' is a function of the language", name.span,
+                              hints=("choose another name",))  # fmt: skip
+            return False
+        old = self.names.get(name.text)
+        if old is not None:
+            if not isinstance(old, Broken):
+                self.report.error("name-taken", f"'{name.text}' is defined twice", name.span,
+                                  related=((old.span, "first here"),))  # fmt: skip
+            return False
+        self.names[name.text] = symbol
+        return True
+
+    def find(self, name: T.Name) -> Symbol | None:
+        """What the name stands for; reports an unknown one."""
+        symbol = self.names.get(name.text)
+        if symbol is None and name.text not in self.silenced:
+            if name.text in self.units:
+                self.report.error("not-yet", f"use of the layer or op '{name.text}' is not built by this version",
+                                  name.span)  # fmt: skip
+                return None
+            known = [*self.names, *self.reserved]
+            short = len(known) < MAX_NEAR and len(name.text) < 64
+            near = difflib.get_close_matches(name.text, known, 1) if short else []
+            hints = (f"did you mean '{near[0]}'?",) if near else ()
+            self.report.error("unknown-name", f"there is no '{name.text[:64]}' here", name.span, hints=hints)
+        return None if isinstance(symbol, Broken) else symbol

@@ -1,0 +1,1 @@
+"""The vocabulary that every stage shares: spans and diagnostics, axes and sizes, nodes and graphs."""

@@ -1,0 +1,366 @@
+"""The kinds of node of a graph, at every level.
+
+A node is a value over named axes. Its operands are named by id and stand before it; `span` is the piece of the
+spec that it comes from. Elementwise nodes broadcast by axis name. Inside a recurrence's body the time axis is bound
+and appears in no node's axes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from chunkc.ir.axes import DType, Frozen, Size
+from chunkc.ir.diagnostics import Span
+
+if TYPE_CHECKING:
+    from chunkc.ir.graph import Graph
+
+
+class Node(Frozen):
+    """What all kinds share: a unique id, the axes and element type of the value, and where it stands in the spec."""
+
+    id: str
+    axes: tuple[str, ...] = ()
+    dtype: DType = "float"
+    span: Span | None = None
+
+    def operands(self) -> tuple[str, ...]:
+        """The ids that it reads, in order."""
+        return ()
+
+    def renamed(self, names: dict[str, str]) -> Node:
+        """The same node reading other ids."""
+        return self
+
+
+class Input(Node):
+    """A tensor that belongs to a sequence; `low` and `high` are its declared range."""
+
+    kind: Literal["input"] = "input"
+    name: str
+    low: float | None = None
+    high: float | None = None
+
+
+class Param(Node):
+    """A learned tensor, shared by all sequences, under its dotted name; `init` computes its first value.
+
+    `library` names the parameter's role in a `linear`, `conv` or `embed` call, whose usual initial values it takes."""
+
+    kind: Literal["param"] = "param"
+    name: str
+    init: Graph | None = None
+    library: Literal["", "weight", "bias"] = ""
+    fan_in: Size | None = None
+
+
+class Const(Node):
+    """A number known when the layer is constructed."""
+
+    kind: Literal["const"] = "const"
+    size: Size
+
+
+class Random(Node):
+    """Random numbers, in initial values only: uniform over [a, b] or normal with standard deviation a."""
+
+    kind: Literal["random"] = "random"
+    fn: Literal["uniform", "normal"]
+    a: Size
+    b: Size
+
+
+class Length(Node):
+    """The length of a sequence axis: a number a sequence."""
+
+    kind: Literal["length"] = "length"
+    axis: str
+
+
+class Coord(Node):
+    """The coordinate along an axis. In a recurrence's body, that of the current step."""
+
+    kind: Literal["coord"] = "coord"
+    axis: str
+
+
+class Map(Node):
+    """One elementwise function; operands align by axis name."""
+
+    kind: Literal["map"] = "map"
+    fn: str
+    args: tuple[str, ...]
+
+    def operands(self) -> tuple[str, ...]:
+        return self.args
+
+    def renamed(self, names: dict[str, str]) -> Node:
+        return self.evolve(args=tuple(names.get(a, a) for a in self.args))
+
+
+class _Unary(Node):
+    arg: str
+
+    def operands(self) -> tuple[str, ...]:
+        return (self.arg,)
+
+    def renamed(self, names: dict[str, str]) -> Node:
+        return self.evolve(arg=names.get(self.arg, self.arg))
+
+
+class Reduce(_Unary):
+    """A reducer over named axes: sum, mean, max, min, any."""
+
+    kind: Literal["reduce"] = "reduce"
+    fn: Literal["sum", "mean", "max", "min", "any"]
+    over: tuple[str, ...]
+
+
+class Normalize(_Unary):
+    """A normaliser along named axes; it keeps them."""
+
+    kind: Literal["normalize"] = "normalize"
+    fn: Literal["softmax", "rms_norm", "layer_norm", "l2_norm"]
+    over: tuple[str, ...]
+
+
+class Expand(_Unary):
+    """A tensor over groups `source` read over the members `target`: equal runs, in order."""
+
+    kind: Literal["expand"] = "expand"
+    source: str
+    target: str
+
+
+class Rename(_Unary):
+    """The same values under a second name of an axis."""
+
+    kind: Literal["rename"] = "rename"
+    source: str
+    target: str
+
+
+class Shift(_Unary):
+    """`x[t = t - by]` along a sequence axis: row t - by, and 0 before the sequence starts (or after it ends)."""
+
+    kind: Literal["shift"] = "shift"
+    axis: str
+    by: Size
+
+
+class Slice(_Unary):
+    """`x[a = at]` at one static position of an axis of fixed size; outside it, 0."""
+
+    kind: Literal["slice"] = "slice"
+    axis: str
+    at: Size
+
+
+class Gather(Node):
+    """`x[a = index]` at integer positions; outside the axis, 0. The index's axes replace a."""
+
+    kind: Literal["gather"] = "gather"
+    arg: str
+    index: str
+    axis: str
+
+    def operands(self) -> tuple[str, ...]:
+        return (self.arg, self.index)
+
+    def renamed(self, names: dict[str, str]) -> Node:
+        return self.evolve(arg=names.get(self.arg, self.arg), index=names.get(self.index, self.index))
+
+
+class Linear(Node):
+    """Sum over `over` of arg times weight[over, to], plus bias[to] if there is one."""
+
+    kind: Literal["linear"] = "linear"
+    arg: str
+    weight: str
+    bias: str | None = None
+    over: tuple[str, ...]
+    to: tuple[str, ...]
+
+    def operands(self) -> tuple[str, ...]:
+        return (self.arg, self.weight) + ((self.bias,) if self.bias else ())
+
+    def renamed(self, names: dict[str, str]) -> Node:
+        bias = names.get(self.bias, self.bias) if self.bias else None
+        return self.evolve(arg=names.get(self.arg, self.arg), weight=names.get(self.weight, self.weight), bias=bias)
+
+
+class Conv(Node):
+    """Causal depthwise convolution along a sequence: sum over m < width of weight[m] x[t - width + 1 + m]."""
+
+    kind: Literal["conv"] = "conv"
+    arg: str
+    weight: str
+    bias: str | None = None
+    axis: str
+    width: Size
+
+    def operands(self) -> tuple[str, ...]:
+        return (self.arg, self.weight) + ((self.bias,) if self.bias else ())
+
+    def renamed(self, names: dict[str, str]) -> Node:
+        bias = names.get(self.bias, self.bias) if self.bias else None
+        return self.evolve(arg=names.get(self.arg, self.arg), weight=names.get(self.weight, self.weight), bias=bias)
+
+
+class Capture(Node):
+    """In a body: an outer value, read at the current step where it runs over the bound axis."""
+
+    kind: Literal["capture"] = "capture"
+    outer: str
+
+
+class State(Node):
+    """In a body: a state as it is when the step starts."""
+
+    kind: Literal["state"] = "state"
+    name: str
+
+
+class Carried(Frozen):
+    """A state of a recurrence: its name, axes and type, the outer value that it starts from, and the body's result."""
+
+    name: str
+    axes: tuple[str, ...]
+    dtype: DType = "float"
+    initial: str | None = None
+    result: str
+    span: Span | None = None
+
+
+class Recur(Node):
+    """A recurrence over an ordered axis; `Out` nodes read its results.
+
+    `body.outputs` are the values of one step; a result becomes a tensor over the axis. At the semantic level this
+    is any recurrence; at the normal level, one that has no chunk form: it runs a token at a time, for `reason`.
+    """
+
+    kind: Literal["recur"] = "recur"
+    axis: str
+    carried: tuple[Carried, ...]
+    body: Graph
+    reason: str = ""
+
+    def operands(self) -> tuple[str, ...]:
+        captured = [n.outer for n in self.body.nodes if isinstance(n, Capture)]
+        return tuple(dict.fromkeys(captured + [c.initial for c in self.carried if c.initial]))
+
+    def renamed(self, names: dict[str, str]) -> Node:
+        nodes = tuple(
+            n.evolve(outer=names.get(n.outer, n.outer)) if isinstance(n, Capture) else n for n in self.body.nodes
+        )
+        carried = tuple(c.evolve(initial=names.get(c.initial, c.initial)) if c.initial else c for c in self.carried)
+        return self.evolve(body=self.body.evolve(nodes=nodes), carried=carried)
+
+
+class Gate(Frozen):
+    """A factor of a transition: exp(arg) if `log`, else arg itself."""
+
+    arg: str
+    log: bool
+
+
+class Write(Frozen):
+    """A term added to the state: a value over the i side times a value over the j side."""
+
+    i: str
+    j: str
+
+
+class Query(Frozen):
+    """A read of the state when the step starts: the sum over one side of arg times the state."""
+
+    side: Literal["i", "j"]
+    arg: str
+
+
+class Scan(Node):
+    """A diagonal linear recurrence over an ordered axis (the normal form).
+
+    With the state's axes split into `batch`, `i` and `j`:
+    S_t = A_t * S_{t-1} + sum_r W_r[i] V_r[j], A_t a product of gates, none over both i and j axes.
+    Results, read by `Out`: each query at the state before the update; then `trajectory` (the same state, whole) if
+    i and j are empty; last the final state. `algebra` max-plus: S_t = max(A_t + S_{t-1}, W_t), i and j empty.
+    `reverse` runs from the last token to the first. `declared` is the spec's order of the state's axes.
+    `stop`: no gradient passes from one step to the next.
+    """
+
+    kind: Literal["scan"] = "scan"
+    axis: str
+    name: str
+    declared: tuple[str, ...]
+    batch: tuple[str, ...]
+    i: tuple[str, ...] = ()
+    j: tuple[str, ...] = ()
+    algebra: Literal["sum-product", "max-plus"] = "sum-product"
+    gates: tuple[Gate, ...] = ()
+    writes: tuple[Write, ...] = ()
+    add: str | None = None
+    queries: tuple[Query, ...] = ()
+    initial: str | None = None
+    reverse: bool = False
+    stop: bool = False
+
+    def operands(self) -> tuple[str, ...]:
+        ids = [g.arg for g in self.gates] + [x for w in self.writes for x in (w.i, w.j)]
+        ids += [q.arg for q in self.queries] + [x for x in (self.add, self.initial) if x]
+        return tuple(dict.fromkeys(ids))
+
+    def renamed(self, names: dict[str, str]) -> Node:
+        def new(x: str | None) -> str | None:
+            return names.get(x, x) if x else None
+
+        return self.evolve(
+            gates=tuple(g.evolve(arg=new(g.arg)) for g in self.gates),
+            writes=tuple(w.evolve(i=new(w.i), j=new(w.j)) for w in self.writes),
+            queries=tuple(q.evolve(arg=new(q.arg)) for q in self.queries),
+            add=new(self.add),
+            initial=new(self.initial),
+        )
+
+    def result_axes(self, index: int) -> tuple[str, ...]:
+        """The axes of result `index`: the queries in order, then trajectory or nothing, then the final state."""
+        if index < len(self.queries):
+            return (self.axis, *self.batch, *(self.j if self.queries[index].side == "i" else self.i))
+        if not (self.i or self.j) and index == len(self.queries):
+            return (self.axis, *self.batch)
+        return (*self.batch, *self.i, *self.j)
+
+
+class Out(_Unary):
+    """Result `index` of a node with several."""
+
+    kind: Literal["out"] = "out"
+    index: int
+
+
+AnyNode = Annotated[
+    Input
+    | Param
+    | Const
+    | Random
+    | Length
+    | Coord
+    | Map
+    | Reduce
+    | Normalize
+    | Expand
+    | Rename
+    | Shift
+    | Slice
+    | Gather
+    | Linear
+    | Conv
+    | Capture
+    | State
+    | Recur
+    | Scan
+    | Out,
+    Field(discriminator="kind"),
+]

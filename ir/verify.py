@@ -1,0 +1,423 @@
+"""What holds of a graph at each level: a table of rules, checked between passes.
+
+A rule is a small function that yields what is wrong. The rules of structure run in order and stop at the first that
+finds something, so that a rule may rely on those before it; the others all run. Regions are checked after the graph
+around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from chunkc.ir import nodes as N
+from chunkc.ir.graph import Graph, Level, moved_axes
+
+AXIS_FIELDS = ("axis", "over", "to", "source", "target", "batch", "i", "j", "declared")
+
+
+@dataclass(frozen=True)
+class Message:
+    """What is wrong with one node (or output), by its path through the regions around it."""
+
+    node: str
+    text: str
+
+
+class VerifyError(Exception):
+    """A graph breaks rules of its level: the messages say which node and how."""
+
+    def __init__(self, level: str, messages: list[Message]) -> None:
+        self.messages = tuple(messages)
+        super().__init__(f"no valid {level} graph: " + "; ".join(f"{m.node}: {m.text}" for m in messages))
+
+
+@dataclass(frozen=True)
+class Region:
+    """A graph and where it stands: in a recurrence of `outer`, in a parameter, or alone."""
+
+    graph: Graph
+    level: Level
+    path: str = ""
+    outer: Graph | None = None
+    recur: N.Recur | None = None
+    initial: bool = False
+
+    @property
+    def bound(self) -> str | None:
+        """The axis whose steps a body is."""
+        return self.recur.axis if self.recur else None
+
+    def axes(self, id_: str) -> tuple[str, ...]:
+        return self.graph[id_].axes
+
+    def results(self, node: N.Recur | N.Scan) -> list[tuple[str, ...]]:
+        """The axes of each result of a node with several."""
+        if isinstance(node, N.Scan):
+            count = len(node.queries) + (1 if node.i or node.j else 2)
+            return [node.result_axes(k) for k in range(count)]
+        steps = [(node.axis, *node.body[id_].axes) for _, id_ in node.body.outputs]
+        return steps + [c.axes for c in node.carried]
+
+
+Found = Iterator[tuple[str, str]]
+Rule = Callable[[Region], Found]
+
+
+def verify(graph: Graph, level: Level) -> None:
+    """Check a graph and its regions.
+
+    Raises:
+        VerifyError: a rule of the level does not hold.
+    """
+    messages: list[Message] = []
+    pending = [Region(graph, level)]
+    while pending:
+        region = pending.pop(0)
+        found: list[tuple[str, str]] = []
+        for rule in RULES[region.level]:
+            found += rule(region)
+            if found and rule in STRUCTURE:
+                break
+        if not found:
+            pending += _regions(region)
+        # The first node that is wrong is the likeliest cause of what follows.
+        places = {n.id: place for place, n in enumerate(region.graph.nodes)}
+        found.sort(key=lambda f: places.get(f[0], -1))
+        messages += [Message(region.path + id_, text) for id_, text in found]
+    if messages:
+        raise VerifyError(level, messages)
+
+
+def _regions(region: Region) -> Iterator[Region]:
+    for node in region.graph.nodes:
+        path = f"{region.path}{node.id}/"
+        if isinstance(node, N.Recur):
+            yield Region(node.body, region.level, path, region.graph, node)
+        elif isinstance(node, N.Param) and node.init is not None:
+            # No pass touches an initial value: it stays at the level at which it was made.
+            yield Region(node.init, node.init.level, path, initial=True)
+
+
+def _scans(region: Region) -> list[N.Scan]:
+    return region.graph.of_kind(N.Scan)
+
+
+def _minus(axes: tuple[str, ...], over: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(a for a in axes if a not in over)
+
+
+def _shown(axes: tuple[str, ...] | set[str]) -> str:
+    return ", ".join(axes if isinstance(axes, tuple) else sorted(axes)) or "no axis"
+
+
+# -- every level: structure ------------------------------------------------------------------------------------------
+
+
+def right_level(r: Region) -> Found:
+    """The graph says that it is at the level."""
+    if r.graph.level != r.level:
+        yield "graph", f"its level is {r.graph.level}, not {r.level}"
+
+
+def ids_unique(r: Region) -> Found:
+    """No two nodes of a graph have one id, and none is empty."""
+    seen: set[str] = set()
+    for node in r.graph.nodes:
+        if node.id in seen or not node.id:
+            yield node.id, "the id is used twice" if node.id else "the id is empty"
+        seen.add(node.id)
+
+
+def operands_before(r: Region) -> Found:
+    """Operands stand before their uses."""
+    seen: set[str] = set()
+    for node in r.graph.nodes:
+        for arg in dict.fromkeys(node.operands()):
+            if arg not in seen:
+                yield node.id, f"its operand '{arg}' does not stand before it"
+        seen.add(node.id)
+
+
+def outputs_exist(r: Region) -> Found:
+    """Outputs are nodes, under different names."""
+    names: set[str] = set()
+    for name, id_ in r.graph.outputs:
+        if id_ not in r.graph.by_id:
+            yield id_, f"output '{name}' is no node"
+        if name in names:
+            yield id_, f"output '{name}' is defined twice"
+        names.add(name)
+
+
+def axes_known(r: Region) -> Found:
+    """Axes that nodes speak of are the graph's, and none stands twice in one tuple."""
+    for axis in r.graph.axes:
+        for other in (axis.space, axis.parent):
+            if other is not None and other not in r.graph.axis:
+                yield axis.name, f"axis '{other}' is unknown"
+    for node in r.graph.nodes:
+        groups: list[tuple[str, ...]] = [node.axes]
+        if isinstance(node, N.Param | N.Capture):  # a weight from an axis to itself is over that axis twice
+            groups = [tuple(dict.fromkeys(node.axes))]
+        for field in AXIS_FIELDS:
+            value = getattr(node, field, ())
+            groups.append((value,) if isinstance(value, str) else value)
+        if isinstance(node, N.Recur):
+            groups += [c.axes for c in node.carried]
+        for group in groups:
+            for a in dict.fromkeys(group):
+                if a not in r.graph.axis:
+                    yield node.id, f"axis '{a}' is unknown"
+            if len(set(group)) < len(group):
+                yield node.id, f"an axis stands twice in {_shown(group)}"
+
+
+def in_place(r: Region) -> Found:
+    """Kinds stand where they mean something; the axis that a body binds is in none of its values."""
+    for node in r.graph.nodes:
+        if isinstance(node, N.State | N.Capture) and r.recur is None:
+            yield node.id, f"a {node.kind} stands only in a recurrence's body"
+        if isinstance(node, N.Random) and not r.initial:
+            yield node.id, "random numbers stand only in an initial value"
+        if isinstance(node, N.Input | N.Param) and (r.recur is not None or r.initial):
+            yield node.id, f"a {node.kind} stands in no region"
+        if isinstance(node, N.Recur | N.Scan) and r.initial:
+            yield node.id, f"a {node.kind} stands in no initial value"
+        if r.bound in node.axes:
+            yield node.id, f"axis '{r.bound}' is bound here"
+
+
+def results_through_out(r: Region) -> Found:
+    """Recurrences and scans are read by `out` nodes alone, each at an index that there is."""
+    several = {n.id for n in r.graph.nodes if isinstance(n, N.Recur | N.Scan)}
+    for node in r.graph.nodes:
+        if not isinstance(node, N.Out):
+            for arg in several.intersection(node.operands()):
+                yield node.id, f"it reads '{arg}', which has several results, without an out"
+            continue
+        source = r.graph[node.arg]
+        if not isinstance(source, N.Recur | N.Scan):
+            yield node.id, f"'{node.arg}' has one result"
+            continue
+        count = len(r.results(source))
+        if not 0 <= node.index < count:
+            yield node.id, f"there is no result {node.index}: '{node.arg}' has {count}"
+    for name, id_ in r.graph.outputs:
+        if id_ in several:
+            yield id_, f"output '{name}' has several results"
+
+
+def carried_right(r: Region) -> Found:
+    """A recurrence's states have names of their own, values in the body, and initial values over their axes."""
+    for node in r.graph.of_kind(N.Recur):
+        names = [c.name for c in node.carried]
+        if len(set(names)) < len(names):
+            yield node.id, "two states have one name"
+        for c in node.carried:
+            if c.result not in node.body.by_id:
+                yield node.id, f"state '{c.name}' becomes '{c.result}', which is no node of the body"
+            elif node.body[c.result].axes != c.axes:
+                yield node.id, (f"state '{c.name}' is over {_shown(c.axes)} and becomes a value over "
+                                f"{_shown(node.body[c.result].axes)}")  # fmt: skip
+            if c.initial is not None and not set(r.axes(c.initial)) <= set(c.axes):
+                yield node.id, f"state '{c.name}' starts from a value over {_shown(r.axes(c.initial))}"
+        missing = [id_ for _, id_ in node.body.outputs if id_ not in node.body.by_id]
+        if missing:
+            yield node.id, f"its result '{missing[0]}' is no node of the body"
+
+
+def body_reads(r: Region) -> Found:
+    """Captures read values that stand around the recurrence; states are those that it carries."""
+    if r.recur is None or r.outer is None:
+        return
+    names = {c.name for c in r.recur.carried}
+    for node in r.graph.nodes:
+        if isinstance(node, N.Capture) and node.outer not in r.outer.by_id:
+            yield node.id, f"'{node.outer}' is no node around the recurrence"
+        if isinstance(node, N.State) and node.name not in names:
+            yield node.id, f"the recurrence carries no state '{node.name}'"
+
+
+# -- every level: axes -----------------------------------------------------------------------------------------------
+
+
+def works_along(r: Region) -> Found:
+    """The axes that a node works along are its operand's."""
+    for node in r.graph.nodes:
+        along: tuple[str, ...] = ()
+        if isinstance(node, N.Reduce | N.Normalize | N.Linear):
+            along = node.over
+        elif isinstance(node, N.Expand | N.Rename):
+            along = (node.source,)
+        elif isinstance(node, N.Shift | N.Slice | N.Gather | N.Conv):
+            along = (node.axis,)
+        for a in along:
+            if a not in r.axes(node.arg):  # type: ignore[union-attr]
+                yield node.id, f"it works along '{a}', and its operand is over {_shown(r.axes(node.arg))}"  # type: ignore[union-attr]
+
+
+def sequences(r: Region) -> Found:
+    """Shifts, convolutions, lengths and recurrences go along sequences; slices along fixed sizes."""
+    for node in r.graph.nodes:
+        if isinstance(node, N.Shift | N.Conv | N.Length | N.Recur | N.Scan) and not r.graph.axis[node.axis].is_sequence:
+            yield node.id, f"axis '{node.axis}' is no sequence"
+        if isinstance(node, N.Slice) and r.graph.axis[node.axis].is_sequence:
+            yield node.id, f"axis '{node.axis}' is a sequence"
+        if isinstance(node, N.Rename) and r.graph.axis[node.source].space != r.graph.axis[node.target].space:
+            yield node.id, f"'{node.target}' is no second name of '{node.source}'"
+        if isinstance(node, N.Expand) and r.graph.axis[node.source].parent != node.target:
+            yield node.id, f"'{node.source}' does not group '{node.target}'"
+
+
+def map_axes(r: Region) -> Found:
+    """A map is over the union of its operands' axes; `as` may bring more."""
+    for node in r.graph.of_kind(N.Map):
+        union = {a for arg in node.args for a in r.axes(arg)}
+        have = set(node.axes)
+        if node.fn == "as" and (len(node.args) != 1 or not union <= have):
+            yield node.id, f"'as' takes one operand and keeps its axes {_shown(union)}"
+        if node.fn != "as" and have != union:
+            yield node.id, f"it is over {_shown(node.axes)}, and its operands are over {_shown(union)}"
+
+
+def weight_axes(r: Region) -> Found:
+    """Weights and biases have the axes of the product that they stand in."""
+    for node in r.graph.of_kind(N.Linear, N.Conv):
+        weight = r.axes(node.weight)
+        if isinstance(node, N.Linear):
+            good, bias = weight == (*node.over, *node.to), node.to
+        else:
+            bias = _minus(r.axes(node.arg), (node.axis,))
+            good = weight[:-1] == bias and len(weight) == len(bias) + 1
+        if not good:
+            yield node.id, f"its weight is over {_shown(weight)}"
+        if node.bias is not None and r.axes(node.bias) != bias:
+            yield node.id, f"its bias is over {_shown(r.axes(node.bias))}, not {_shown(bias)}"
+
+
+def result_axes(r: Region) -> Found:
+    """A node's axes follow from its operands', in order."""
+    for node in r.graph.nodes:
+        wanted = _result(r, node)
+        if wanted is not None and node.axes != wanted:
+            yield node.id, f"it is over {_shown(node.axes)}, not {_shown(wanted)}"
+
+
+def _result(r: Region, node: N.AnyNode) -> tuple[str, ...] | None:
+    """The axes that a node must have; None where any do, or another rule says."""
+    if isinstance(node, N.Const | N.Length | N.Recur | N.Scan):
+        return ()
+    if isinstance(node, N.Coord):
+        return _minus((node.axis,), (r.bound or "",))
+    if isinstance(node, N.Reduce | N.Normalize | N.Shift | N.Conv | N.Expand | N.Rename | N.Slice | N.Linear):
+        return moved_axes(node, r.axes(node.arg))
+    if isinstance(node, N.Gather):
+        return (*r.axes(node.index), *_minus(r.axes(node.arg), (node.axis,)))
+    if isinstance(node, N.Out):
+        source = r.graph[node.arg]
+        assert isinstance(source, N.Recur | N.Scan)
+        return r.results(source)[node.index]
+    if isinstance(node, N.Capture) and r.outer is not None:
+        return _minus(r.outer[node.outer].axes, (r.bound or "",))
+    if isinstance(node, N.State) and r.recur is not None:
+        return next(c.axes for c in r.recur.carried if c.name == node.name)
+    return None
+
+
+# -- semantic --------------------------------------------------------------------------------------------------------
+
+
+def no_scan(r: Region) -> Found:
+    """Scans are what normalising makes."""
+    for node in _scans(r):
+        yield node.id, "a scan stands only at the normal level"
+
+
+# -- normal ----------------------------------------------------------------------------------------------------------
+
+
+def recur_has_reason(r: Region) -> Found:
+    """A recurrence that stays one says why."""
+    for node in r.graph.of_kind(N.Recur):
+        if not node.reason:
+            yield node.id, "a recurrence that runs a token at a time has a reason"
+
+
+def scan_sides(r: Region) -> Found:
+    """A scan's batch axes and sides are disjoint, and together the state's axes; none is the axis that it runs over."""
+    for node in _scans(r):
+        axes = (node.axis, *node.batch, *node.i, *node.j)
+        if len(set(axes)) < len(axes):
+            yield node.id, f"the axis, batch, i and j share an axis: {_shown(axes)}"
+        if set(node.declared) != {*node.batch, *node.i, *node.j}:
+            yield node.id, f"its state is over {_shown(node.declared)}, not batch, i and j"
+
+
+def scan_operands(r: Region) -> Found:
+    """Gates and added values are over the scan's axes; an initial value has no sequence."""
+    for node in _scans(r):
+        state = {*node.batch, *node.i, *node.j}
+        within = [(g.arg, state | {node.axis}) for g in node.gates]
+        within += [(node.add, state | {node.axis})] if node.add is not None else []
+        within += [(node.initial, state)] if node.initial is not None else []
+        for arg, allowed in within:
+            if not set(r.axes(arg)) <= allowed:
+                yield node.id, f"its operand '{arg}' is over {_shown(r.axes(arg))}, beyond {_shown(allowed)}"
+
+
+def scan_gates(r: Region) -> Found:
+    """No gate is over axes of both sides."""
+    for node in _scans(r):
+        for gate in node.gates:
+            axes = set(r.axes(gate.arg))
+            if axes & set(node.i) and axes & set(node.j):
+                yield node.id, f"the gate '{gate.arg}' is over axes of both sides: {_shown(axes)}"
+
+
+def scan_writes(r: Region) -> Found:
+    """A write's i side has no j axis, its j side no i axis."""
+    for node in _scans(r):
+        for write in node.writes:
+            for side, arg, own in (("i", write.i, node.i), ("j", write.j, node.j)):
+                if not set(r.axes(arg)) <= {node.axis, *node.batch, *own}:
+                    yield node.id, f"a write's {side} side '{arg}' is over {_shown(r.axes(arg))}"
+
+
+def scan_queries(r: Region) -> Found:
+    """A query's argument is over batch axes and the side that it sums."""
+    for node in _scans(r):
+        for query in node.queries:
+            own = node.i if query.side == "i" else node.j
+            if not set(r.axes(query.arg)) <= {node.axis, *node.batch, *own}:
+                yield node.id, f"a query of side {query.side}, '{query.arg}', is over {_shown(r.axes(query.arg))}"
+
+
+def scan_vector(r: Region) -> Found:
+    """A scan without sides is read by its trajectory; max-plus has no sides."""
+    for node in _scans(r):
+        vector = not (node.i or node.j)
+        if vector and (node.writes or node.queries):
+            yield node.id, "a scan without sides has no writes and no queries"
+        if node.algebra == "max-plus" and not vector:
+            yield node.id, "a max-plus scan has no sides"
+
+
+STRUCTURE: tuple[Rule, ...] = (
+    right_level, ids_unique, operands_before, outputs_exist, axes_known, in_place, carried_right, body_reads,
+    results_through_out,
+)  # fmt: skip
+COMMON: tuple[Rule, ...] = (*STRUCTURE, works_along, sequences, map_axes, weight_axes, result_axes)
+RULES: dict[Level, tuple[Rule, ...]] = {
+    "semantic": (*COMMON, no_scan),
+    "normal": (
+        *COMMON,
+        recur_has_reason,
+        scan_sides,
+        scan_operands,
+        scan_gates,
+        scan_writes,
+        scan_queries,
+        scan_vector,
+    ),  # fmt: skip
+}

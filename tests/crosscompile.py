@@ -1,0 +1,57 @@
+"""Compile an emitted package's kernels for GPUs that need not be present, and read what they use."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+def sources(kernels: ModuleType) -> dict[str, Any]:
+    """The jitted functions of a kernels module by name."""
+    found = {n: f for n, f in vars(kernels).items() if isinstance(f, triton.runtime.jit.JITFunction)}
+    return {n: f for n, f in found.items() if n != "masked_sum"}
+
+
+def compile_kernel(kernel: Any, target: str, warps: int, size: int = 128, **blocks: int) -> Any:
+    """The compiled kernel for bfloat16 operands and I = J = `size`."""
+    known = {
+        "H": 4, "I": size, "J": size, "D": size, "C": 64, "LEVELS": 6, "BI": 64, "BJ": 64, "BD": 32,
+        "DOT": tl.bfloat16, "PRECISION": "ieee", "SPLIT": True, **blocks,
+    }  # fmt: skip
+    signature, constants = {}, {}
+    for name in kernel.arg_names:
+        if name in known:
+            signature[name], constants[name] = "constexpr", known[name]
+        else:
+            integer = name.startswith(("tile_", "first_tile"))
+            signature[name] = "*i64" if integer else "*fp32"
+    attrs = {(k,): [["tt.divisibility", 16]] for k, n in enumerate(kernel.arg_names) if n not in known}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "num_stages": 1})
+
+
+def usage(compiled: Any) -> dict[str, int]:
+    """Registers, bytes of stack (spills) and of shared memory of an NVIDIA binary."""
+    tool = next((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("cuobjdump*"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    return {"registers": int(found[1]), "stack": int(found[2]), "shared": compiled.metadata.shared}

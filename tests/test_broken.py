@@ -1,0 +1,328 @@
+"""Broken specs: each gives exactly the errors it should, on exactly the text between « and »."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from chunkc.driver import check_source, compile_source
+from chunkc.ir import nodes as N
+from chunkc.ir.diagnostics import CompileError, SourceFile, render_json, render_text
+
+
+def body(text: str) -> str:
+    """A layer around statements: x[t, e], two names for time, and a few fixed axes."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    head = ["layer A(n: int = 8, wide: bool = true) {", "axes { t: time, s = t, e = n, h = 4, i = 2, g = 2 groups h }",
+            "input x[t, e], c[t]: int", "k[t, h, i] = linear(x)"]  # fmt: skip
+    return "\n".join([*head, *lines, "}"])
+
+
+def plain(head: str) -> str:
+    """The shortest layer, under this head."""
+    return head + " {\n  axes { t: time }\n  input x[t]\n  output x\n}"
+
+
+def steps(text: str) -> str:
+    """A recurrence around statements."""
+    return body("recurrence over t {\nstate S[h, i]\n" + text + "\n}\noutput y = x")
+
+
+SYNTAX = [
+    ("a character of no token", body("output y = x «@» x"), "bad-character"),
+    ("an unclosed string", body('«"»doc\noutput y = x'), "bad-character"),
+    ("a NUL byte", body("output y = x«\0»"), "bad-character"),
+    ("a letter outside ASCII", body("«é» = x\noutput y = x"), "bad-character"),
+    ("an ampersand", body("output y = x > 0 «&» x < 1"), "bad-character"),
+    ("an operator without an operand", body("output y = x + «*» x"), "syntax"),
+    ("a statement that breaks off", body("output x\ny = x «+»"), "syntax"),
+    ("an unclosed parenthesis", body("y = «(»x + x\noutput x"), "syntax"),
+    ("a closing parenthesis too many", body("y = x + x«)»\noutput x"), "syntax"),
+    ("a file that ends inside a layer", "layer A {\n  axes { t: time }\n  input x[t]«»\n", "syntax"),
+    ("two statements on a line", body("y = x «z» = x\noutput y"), "syntax"),
+    ("a statement outside any layer", "«x» = 1\nlayer A {\n axes { t: time }\n input x[t]\n output x\n}", "syntax"),
+    ("a keyword as a name", body("«state» = x\noutput x"), "reserved-word"),
+    ("a keyword as a tensor", body("«input»[t] = x\noutput x"), "reserved-word"),
+    ("an operator at the end", body("y = x «+»\noutput x"), "syntax"),
+    ("an unclosed bracket", body("output y = sum«[»e(x)"), "syntax"),
+    ("a keyword among axes", body("axes { «over» = 3 }\noutput x"), "reserved-word"),
+    ("a keyword as a value", body("output y = x * «chunk»"), "reserved-word"),
+    ("a word kept for later", body("«cache» = x\noutput x"), "reserved-word"),
+    ("a name with an underscore in front", body("«_y» = x\noutput x"), "bad-name"),
+    ("an axis without a size", body("axes { q «}»\noutput x"), "syntax"),
+    ("empty brackets", body("output y = sum[«]»(x)"), "syntax"),
+    ("a call without its end", body("output y = exp«(»"), "syntax"),
+    ("a number with a letter", body("output y = 2«x»"), "syntax"),
+    ("a function without axes", "fn f«(»x) = x\n" + plain("layer A"), "syntax"),
+    ("two errors", body("y = x * «*» x\nz = «)» x\noutput x"), "syntax syntax"),
+    ("brackets 201 levels deep", body("output y = " + "(" * 199 + "«(»" + "x" + ")" * 200), "too-large"),
+    ("operators 201 levels deep", body("output y = «x»" + " + x" * 201), "too-large"),
+    ("a number over all floats", body("output y = x * «1e999»"), "too-large"),
+]
+
+NAMES = [
+    ("an unknown name", body("output y = x + «xx»"), "unknown-name"),
+    ("an unknown function", body("output y = «sigmoids»(x)"), "unknown-name"),
+    ("an unknown axis", body("output y[t, «b»] = x"), "unknown-name"),
+    ("an unknown output", body("output «y»"), "unknown-name"),
+    ("a name used before its definition", body("y = «z»\nz = x\noutput x"), "unknown-name"),
+    ("two unknown names", body("output y = «p» + «q»"), "unknown-name unknown-name"),
+    ("a definition twice", body("y = x\n«y» = x\noutput y"), "name-taken"),
+    ("an axis and a tensor", body("«h» = x\noutput x"), "name-taken"),
+    ("a parameter and a tensor", body("«n» = x\noutput x"), "name-taken"),
+    ("a function of the language", body("«exp» = x\noutput x"), "name-taken"),
+    ("a constant of the language", body("«pi» = x\noutput x"), "name-taken"),
+    ("an output twice", body("output y = x\noutput «y»"), "name-taken"),
+    ("a layer twice", body("output x") + "\n" + plain("layer «A»"), "name-taken"),
+    ("a parameter twice", plain("layer A(n: int, «n»: int)"), "name-taken"),
+    ("a function as a value", body("output y = «exp» + x"), "not-a-value"),
+    ("a reducer without its argument", body("output y = «sum[e]»"), "not-a-value"),
+    ("an output that is an axis", body("output «h»"), "bad-output"),
+    ("a file without layers", "«»fn f[a](x) = x\n", "empty"),
+    ("a layer without output", body("y = x").replace("layer A", "layer «A»"), "no-output"),
+]
+
+AXES = [
+    ("a tensor in place of an axis", body("output y = sum[«x»](x)"), "not-an-axis"),
+    ("a tensor in place of a declared axis", body("output y[t, «k»] = x"), "not-an-axis"),
+    ("size of a tensor", body("output y = x * size(«x»)"), "not-an-axis"),
+    ("size of a number", body("output y = x * size(«3»)"), "not-an-axis"),
+    ("a reducer over an axis that is not there", body("output y = sum[«h»](x)"), "no-axis"),
+    ("a normaliser over an axis that is not there", body("output y = softmax[«i»](x)"), "no-axis"),
+    ("an axis of another name for time", body("output y = sum[«s»](x)"), "no-axis"),
+    ("a linear from an axis that is not there", body("y = linear[«h» -> i](x)\noutput y"), "no-axis"),
+    ("a convolution along channels", body("y = conv[«e»](x, 4)\noutput y"), "no-axis"),
+    ("an axis twice in a declaration", body("output y[t, e, «t»] = x"), "axis-twice"),
+    ("an axis twice in a reducer", body("output y = sum[e, «e»](x)"), "axis-twice"),
+    ("an axis twice behind an arrow", body("y = linear[e -> i, «i»](x)\noutput y"), "axis-twice"),
+    ("a definition with an axis too few", body("output y[t, h] = «k»"), "axis-mismatch"),
+    ("an output with an axis too few", body("y = k * 2\noutput «y[t, h]»"), "axis-mismatch"),
+    ("a linear that brings what it keeps", body("y[t, h] = «linear[i -> h](k)»\noutput y"), "axis-mismatch"),
+    ("no kind of axis", body("axes { q: «space» }\noutput x"), "bad-type"),
+    ("groups of time", body("axes { q = 2 groups «t» }\noutput x"), "bad-type"),
+    ("an input without a sequence", body("input «w[h]»\noutput x"), "bad-input"),
+    ("a param over time", body("param «w[t, e]»\noutput x"), "bad-param"),
+]
+
+TYPES = [
+    ("a parameter of no type", plain("layer A(n: «str»)"), "bad-type"),
+    ("an input of no type", body("input w[t]: «text»\noutput x"), "bad-type"),
+    ("and of numbers", body("output y = where(«x» and x > 0, 1, 0)"), "type-mismatch"),
+    ("not of a number", body("output y = where(not «x», 1, 0)"), "type-mismatch"),
+    ("where of a number", body("output y = where(«x», 1, 0)"), "type-mismatch"),
+    ("plus of a truth value", body("output y = x + «(x > 0)»"), "type-mismatch"),
+    ("minus a truth value", body("output y = -«true»"), "type-mismatch"),
+    ("a sum of truth values", body("output y = sum[e](«x > 0»)"), "type-mismatch"),
+    ("a count of numbers", body("output y = count[e](«x»)"), "type-mismatch"),
+    ("two of them", body("y = exp(«x > 0»)\nz = log(«x < 0»)\noutput x"), "type-mismatch type-mismatch"),
+    ("a default that is no int", plain("layer A(n: int = «1.5»)"), "bad-default"),
+    ("a default that is infinite", plain("layer A(n: int = «inf»)"), "bad-default"),
+    ("a default that is no truth value", plain("layer A(n: bool = «1»)"), "bad-default"),
+    ("a default by another parameter", plain("layer A(n: int, m: int = «n»)"), "bad-default"),
+    ("an input with a value", body("input w[t] = «1»\noutput x"), "bad-input"),
+    ("an empty range", body("input w[t] in [«1, 0»]\noutput x"), "bad-range"),
+    ("a range by a parameter", body("input w[t] in [«0, n»]\noutput x"), "bad-range"),
+]
+
+SIZES = [
+    ("a size by a tensor", body("axes { q = «x» }\noutput x"), "not-a-size"),
+    ("a size by the length of time", body("axes { q = «size(t)» }\noutput x"), "not-a-size"),
+    ("a size by a comparison", body("axes { q = «n < 3» }\noutput x"), "not-a-size"),
+    ("a size of 0", body("axes { q = «0» }\noutput x"), "bad-size"),
+    ("a negative size", body("axes { q = «-4» }\noutput x"), "bad-size"),
+    ("a size with a fraction", body("axes { q = «2.5» }\noutput x"), "bad-size"),
+    ("a size that is no number", body("axes { q = «true» }\noutput x"), "bad-size"),
+    ("an infinite size", body("axes { q = «inf» }\noutput x"), "bad-size"),
+    ("a size over 2^31", body("axes { q = «2^40» }\noutput x"), "bad-size"),
+    ("a remainder", body("axes { q = «7 / 2» }\noutput x"), "bad-size"),
+    ("a division by 0", body("axes { q = «7 % 0» }\noutput x"), "bad-size"),
+    ("a tower of powers", body("output y = x * «9^9^9»"), "bad-size"),
+    ("a root of a negative number", body("axes { q = «(-8)^0.5» }\noutput x"), "bad-size"),
+    ("groups that do not divide", body("axes { q = «3» groups h }\noutput x"), "bad-size"),
+    ("a rank of 0", body("y[t, h] = linear(x, rank = «0»)\noutput y"), "bad-size"),
+    ("a width of 0", body("y = conv[t](x, «0»)\noutput y"), "bad-size"),
+    ("an exponent by a token", body("output y = 2^«x»"), "not-a-size"),
+    ("a function of no size", body("axes { q = «sigmoid(3)» }\noutput x"), "not-a-size"),
+    ("a size of two arguments", body("axes { q = «log(3, 4)» }\noutput x"), "bad-call"),
+]
+
+WEIGHTS = [
+    ("a linear without axes", body("y = «linear(x)»\noutput y"), "no-arrow"),
+    ("two weights in a definition", body("y[t, e] = linear(x) + «linear(x)»\noutput y"), "hidden-weight"),
+    ("a weight in an initial value", body("param w[e] = «linear(1)»\noutput x"), "hidden-weight"),
+    ("a weight in a function", "fn f[a](x) = «linear[a -> a](x)»\n" + body("output y = f[e](x)"), "hidden-weight"),
+    ("a bracket without an arrow", body("y[t, h] = «linear[e]»(x)\noutput y"), "bad-call"),
+    ("a linear over time", body("y = linear[«t» -> h](x)\noutput y"), "bad-call"),
+    ("a linear that brings time", body("y = linear[e -> «s»](x)\noutput y"), "bad-call"),
+    ("a bias that is no truth value", body("y[t, h] = linear(x, bias = «3»)\noutput y"), "bad-call"),
+    ("a bias by a parameter", body("y[t, h] = linear(x, bias = «wide»)\noutput y"), "not-yet"),
+    ("a parameter that linear has not", body("y[t, h] = linear(x, «scale = 2»)\noutput y"), "bad-call"),
+    ("a parameter given twice", body("y[t, h] = linear(x, bias = true, «bias = false»)\noutput y"), "bad-call"),
+    ("random numbers in a definition", body("output y = x + «uniform(0, 1)»"), "bad-call"),
+    ("a param by an unknown name", body("param w[e] = exp(«ww»)\noutput y = x * w"), "unknown-name"),
+    ("a param by a tensor over time", body("param w[e] = «x»\noutput y = x * w"), "bad-param"),
+]
+
+READS = [
+    ("a read without a position", body("output y = x[«t»]"), "bad-read"),
+    ("a read along an axis that is not there", body("output y = x[«h = 1»]"), "no-axis"),
+    ("a read at a negative position", body("output y = k[h = «-1»]"), "bad-read"),
+    ("a read between two positions", body("output y = k[h = «0.5»]"), "bad-read"),
+    ("a read between two tokens", body("output y = x[t = t - «0.5»]"), "bad-read"),
+    ("a read at a parameter of no name", body("output y = x[t = t - «w»]"), "unknown-name"),
+    ("a read at one token", body("output y = x[«t = 3»]"), "not-yet"),
+    ("a read at a computed position", body("output y = x[«t = c»]"), "not-yet"),
+    ("a reducer at a position", body("output y = sum[«e = 1»](x)"), "bad-read"),
+    (
+        "a read of a param at another step",
+        body("param u[i]\nrecurrence over t {\nstate z[h, i]\nz = k * u[«t = t - 1»]\n}\noutput x"),
+        "no-axis",
+    ),
+]
+
+RECURRENCES = [
+    ("no state", body("«recurrence over t» {\no = x\n}\noutput y = x"), "no-state"),
+    ("a state over time", steps("state «z[t]»\nS = S"), "bad-state"),
+    ("axes in an assignment", steps("«S»[h, i] = S"), "bad-state"),
+    ("an initial value over time", steps("state z[e] = «x»\nz = z\nS = S"), "axis-mismatch"),
+    ("an update with an axis too many", steps("S = «S + x * k»"), "axis-mismatch"),
+    ("a state twice", steps("state «S»[h]\nS = S"), "name-taken"),
+    ("a recurrence inside", steps("«recurrence over t» {\nstate z\n}\nS = S"), "bad-body"),
+    ("an output inside", steps("S = S\n«output S»"), "bad-body"),
+    ("a sum over the step", steps("S = S + sum[«t»](k)"), "no-axis"),
+    ("two weights of a state", steps("S = linear[h, i -> h, i](S)\nS = «linear[h, i -> h, i](S)»"), "hidden-weight"),
+    ("a state of integers", steps("state z: «int»\nS = S"), "not-yet"),
+    ("a recurrence over channels", body("recurrence over «e» {\nstate z\nz = z + 1\n}\noutput y = x"), "not-yet"),
+    ("a recurrence in chunks", body("recurrence over t within «w» {\nstate z\nz = z + 1\n}\noutput y = x"), "not-yet"),
+    ("a state outside", body("state «z[h]»\noutput y = x"), "not-yet"),
+    (
+        "errors inside, before and behind",
+        body("p = «p1»\nrecurrence over t {\nstate z\nz = z + «p2»\n}\nq = «p3» + z\noutput y = x"),
+        "unknown-name unknown-name unknown-name",
+    ),
+    (
+        "an error before does not hide one behind",
+        body("p = «p1»\nrecurrence over t {\nstate z\nz = z + 1\n}\noutput y = sum[«e»](z)"),
+        "unknown-name no-axis",
+    ),
+]
+
+FUNCTIONS = [
+    ("an argument too few", body("output y = «exp()»"), "bad-call"),
+    ("an argument too many", body("output y = «exp(x, x)»"), "bad-call"),
+    ("a maximum of one", body("output y = «max(x)»"), "bad-call"),
+    ("a reducer without axes", body("output y = «sum(x)»"), "bad-call"),
+    ("axes on a function without", body("output y = «exp[e]»(x)"), "bad-call"),
+    ("an arrow on a reducer", body("output y = «sum[e -> h]»(x)"), "bad-call"),
+    ("calling a tensor", body("output y = «x»(3)"), "not-a-function"),
+    ("calling an expression", body("output y = «(x + x)»(3)"), "not-a-function"),
+    ("calling a constant", body("output y = «pi»(3)"), "not-a-function"),
+    ("an own function with an argument too many", "fn f[a](x) = x\n" + body("output y = «f[e](x, x)»"), "bad-call"),
+    ("an own function with an argument too few", "fn f[a](x) = x\n" + body("output y = «f[e]()»"), "bad-call"),
+    ("an own function without axes", "fn f[a](x) = x\n" + body("output y = «f(x)»"), "bad-call"),
+    ("an unknown argument", "fn f[a](x) = x\n" + body("output y = f[e](«z = x»)"), "bad-call"),
+    ("a function that calls itself", "fn f[a](x) = «f[a](x)»\n" + body("output y = f[e](x)"), "recursive"),
+    ("a function without output", "fn «f»[a](x) {\n y = x\n}\n" + body("output y = f[e](x)"), "bad-fn"),
+    ("an input in a function", "fn f[a](x) {\n «input z»\n output y = x\n}\n" + body("output y = f[e](x)"), "bad-fn"),
+    ("two outputs in a function", "fn f[a](x) {\n «output y = x, z = x»\n}\n" + body("output y = f[e](x)"), "bad-fn"),
+    ("a mistake in a function", "fn f[a](x) = x + «z»\n" + body("output y = f[e](x)"), "unknown-name"),
+]
+
+CAUSALITY = [
+    ("a softmax over the sequence", "causal " + body("output y = «softmax[t](x)»"), "not-yet"),
+    ("a sum over the sequence", "causal " + body("w = «sum[t](x)»\noutput y = x * w"), "not-causal"),
+    ("the next token", "causal " + body("output y = «x[t = t + 1]» - x"), "not-causal"),
+    (
+        "the last state",
+        "causal " + body("recurrence over t {\nstate z[e]\nz = «z + x»\n}\noutput y = x * z[t = size(t) - 1]"),
+        "not-causal",
+    ),
+    (
+        "in the second layer, behind another error",
+        body("output y = «w»") + "\ncausal " + body("output y = «sum[t](x)»").replace("layer A", "layer B"),
+        "unknown-name not-causal",
+    ),
+]
+
+LATER = [
+    ("attention", body("«attention» o[t, h, i] over s {\nlogit = 1\n}\noutput o"), "not-yet"),
+    ("a chunk", body("«chunk w of t = fixed(8)»\noutput y = x"), "not-yet"),
+    ("an order", body("«order» r of t by x\noutput y = x"), "not-yet"),
+    ("a pick", body("«pick» p of t by x keep top(3)\noutput y = x"), "not-yet"),
+    ("a parallel layout", body("output y = x") + "\n«parallel» {\nmesh { a, b }\n}", "not-yet"),
+    ("a use", '«use "a.spec"»\n' + body("output y = «Other»(x)"), "not-yet not-yet"),
+    ("a layer's call", body("output x") + "\n" + body("output y = «A»(x)").replace("layer A", "layer B"), "not-yet"),
+    ("a rotation", body("output y = «rope»[i](k, t)"), "not-yet"),
+    ("a membership", body("output y = where(«t in s», 1, 0)"), "not-yet"),
+    ("a reducer by chunks", body("output y = mean[«t in w»](x)"), "not-yet"),
+    ("a reducer with a condition", body("output y = mean[«e if e < 2»](x)"), "not-yet"),
+]
+
+TABLE = [*SYNTAX, *NAMES, *AXES, *TYPES, *SIZES, *WEIGHTS, *READS, *RECURRENCES, *FUNCTIONS, *CAUSALITY, *LATER]
+
+
+def unmarked(marked: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without its marks, and the spans that they enclose."""
+    spans, text = [], ""
+    for part in re.split("([«»])", marked):
+        if part == "«":
+            start = len(text)
+        elif part == "»":
+            spans.append((start, len(text)))
+        else:
+            text += part
+    return text, spans
+
+
+@pytest.mark.parametrize(("marked", "codes"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+def test_broken(marked: str, codes: str) -> None:
+    text, spans = unmarked(marked)
+    source = SourceFile("broken.spec", text)
+    with pytest.raises(CompileError) as caught:
+        check_source(source)
+    found = caught.value.diagnostics
+    shown = "\n".join(render_text(d, {source.name: source}) for d in found)
+    assert [d.code for d in found] == codes.split(), shown
+    assert [(d.span.start, d.span.end) for d in found] == spans, shown
+    assert "-->" in shown and render_json(found, {source.name: source}).startswith("[")
+
+
+def test_the_names_are_unique() -> None:
+    assert len({row[0] for row in TABLE}) == len(TABLE) >= 70
+
+
+RIGHT = [
+    body("output y = x"),
+    steps("S = S + k"),
+    steps("S = S + k\nr = S\nr2 = r"),  # names for what has one
+    body("y = x * 2\nz = y\nw = x * 2\noutput y, z, w"),
+    body("output y = where(wide and true, x, 0)"),
+    body("axes { y_rank = 3, y_taps = 5 }\ny[t, e] = linear(x, rank = 2)\noutput y"),  # no clash with what it brings
+    body("recurrence over t {\nstate z[e] = 1\nz = z + x\n}\noutput y = z[e = size(e) - 1] - z[t = -1][e = 0]"),
+    "fn f[a](x, value) = x + value\n" + body("output y = f[e](x, 1)"),
+    'fn f[a](x) {\n"doc"\n y = x\n output y\n}\n' + body("output y = f[e](f[e](x))"),
+    body('# a ( in a comment\n"and a [ in a string"\noutput y = (x\n# within\n+ x)'),
+]
+
+
+@pytest.mark.parametrize("text", RIGHT)
+def test_right(text: str) -> None:
+    source = SourceFile("right.spec", text)
+    assert check_source(source).module.units
+    assert compile_source(source).units
+
+
+def test_a_bias_is_there_if_asked_for() -> None:
+    (unit,) = check_source(
+        SourceFile("bias.spec", body("y[t, h] = linear(x, bias = true)\nz = conv[t](x, 4, bias = true)\noutput y, z"))
+    ).module.units
+    names = [n.name for n in unit.graph.nodes if isinstance(n, N.Param)]
+    assert names == ["k.weight", "y.weight", "y.bias", "z.weight", "z.bias"]
+
+
+def test_defaults_keep_their_types() -> None:
+    (unit,) = check_source(
+        SourceFile("types.spec", plain("layer A(n: int = 4.0, f: float = 2, b: bool = true)"))
+    ).module.units
+    assert [repr(p.default) for p in unit.params] == ["4", "2.0", "True"]

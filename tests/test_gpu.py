@@ -1,0 +1,86 @@
+"""The numerics of `test_numerics` with the Triton kernels on a GPU. Run by `make test-gpu`."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from emitted import Case, errors
+from test_numerics import ALL, PACKED, SETTINGS, SHIPPED, allowed, built, gates
+
+__all__ = ["built"]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def check(found: dict[str, float], most: float = 1.0) -> None:
+    assert max(found.values()) <= most, {k: round(v, 2) for k, v in found.items() if v > most}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_packed_and_resumed(built, name, dtype):  # type: ignore[no-untyped-def]
+    module, unit = built(name)
+    case = Case(SETTINGS, PACKED, packed=True, dtype=dtype, resume=True, values=gates(unit, cases.mixed), device="cuda")
+    check(errors(module, unit, case), allowed(name, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", list(cases.OPS))
+def test_gates_at_large_sizes(built, name, dtype):  # type: ignore[no-untyped-def]
+    module, unit = built(name)
+    settings = {**SETTINGS, "heads": 3, "dk": 96, "dv": 128}
+    for make in (cases.mild, cases.strong, cases.mixed):
+        case = Case(settings, [300], dtype=dtype, values=gates(unit, make), device="cuda")
+        check(errors(module, unit, case))
+
+
+@pytest.mark.parametrize("length", [1, 17, 64])
+@pytest.mark.parametrize("name", ALL)
+def test_dense(built, name, length):  # type: ignore[no-untyped-def]
+    module, unit = built(name)
+    resume = name in cases.OPS  # in a layer, a norm removes the scale that a state of its own divides by
+    case = Case(SETTINGS, [length, length], resume=resume, values=gates(unit, cases.mild), device="cuda")
+    found = errors(module, unit, case)
+    if length == 1 and unit.kind == "layer":  # as in test_numerics: the query's size is normed away
+        found = {k: v for k, v in found.items() if not k.startswith("grad")}
+    check(found, allowed(name, torch.float32))
+
+
+@pytest.mark.parametrize("name", ["gated", "product_gate", "raw_key", "vector"])
+def test_two_runs_are_bitwise_equal(built, name):  # type: ignore[no-untyped-def]
+    module, unit = built(name)
+    torch.manual_seed(0)
+    own = {"heads": 4, "dk": 64, **({"dv": 64} if any(p.name == "dv" for p in unit.params) else {})}
+    widths = {"i": 64, "j": 64}
+    inputs = {}
+    for n in unit.graph.nodes:
+        if n.kind == "input":
+            shape = [2, 500, 4, *(widths[a] for a in n.axes[2:])]
+            make = gates(unit, cases.mixed).get(n.name, torch.randn)
+            inputs[n.name] = make(shape).to("cuda", torch.bfloat16).requires_grad_()
+    op = getattr(module, unit.name)
+    runs = []
+    for _ in range(2):
+        out = op(**inputs, **own)[0]
+        runs.append([out, *torch.autograd.grad(out.float().square().sum(), list(inputs.values()))])
+    for a, b in zip(*runs):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_one_token(built, name):  # type: ignore[no-untyped-def]
+    """step() from the state that the whole left gives what the whole would have given."""
+    module, unit = built(name)
+    own = {k: v for k, v in SETTINGS.items() if any(p.name == k for p in unit.params)}
+    torch.manual_seed(0)
+    layer = getattr(module, unit.name)(**own, device="cuda")
+    x = torch.randn(3, 70, own.get("d_in", own["d_model"]), device="cuda")
+    with torch.no_grad():
+        whole = layer(x)
+        _, state = layer(x[:, :69], state=layer.init_state(3))
+        last, _ = layer.step(x[:, 69], state)
+    torch.testing.assert_close(last, whole[:, 69], rtol=1e-3, atol=1e-4)

@@ -1,0 +1,354 @@
+"""What the Triton kernels are made of, and what they use of a GPU once compiled."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cases
+import pytest
+from crosscompile import TARGETS, compile_kernel, sources, usage
+from emitted import emit
+
+from chunkc.backends.scan import ScanForm, scan_form
+from chunkc.backends.triton.emit import kernels_of, spans_of
+from chunkc.backends.triton.kernel import Expr, Kernel, Let, Loop, Store, call, where
+from chunkc.backends.triton.vector import vector_kernel
+from chunkc.backends.writer import Lines, Writer
+from chunkc.driver import compile_source
+from chunkc.ir import nodes as N
+from chunkc.ir.diagnostics import SourceFile
+
+SPECS = Path(__file__).resolve().parent.parent / "specs"
+SHIPPED = {p.stem: p.read_text() for p in sorted(SPECS.glob("*.spec"))}
+TEXTS = {**SHIPPED, **cases.OPS}
+VECTOR = {
+    k.name: k for k in (vector_kernel(False, False), vector_kernel(True, False), vector_kernel(False, True))
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A matrix scan of a text with its kernels by role, and the spec lines of its operands by node."""
+
+    form: ScanForm
+    kernels: dict[str, Kernel]
+    spans: dict[str, str]
+
+    def tiled(self) -> Iterator[tuple[str, Kernel]]:
+        """The kernels over tiles: all but the one for a single token."""
+        yield from ((role, k) for role, k in self.kernels.items() if role != "token")
+
+
+@cache
+def scans(name: str) -> tuple[Scan, ...]:
+    source = SourceFile(f"{name}.spec", TEXTS[name])
+    lines, found = Lines(source), []
+    for unit in compile_source(source).units:
+        spans = spans_of(unit, lines)
+        for node in unit.graph.of_kind(N.Scan):
+            assert isinstance(node, N.Scan)
+            if node.i or node.j:
+                form = scan_form(node, {n.id: n.axes for n in unit.graph.nodes})
+                found.append(Scan(form, kernels_of(form, lines, spans), spans))
+    return tuple(found)
+
+
+CHUNKED = [n for n in TEXTS if scans(n)]
+KERNELS = [(n, i, r) for n in CHUNKED for i, s in enumerate(scans(n)) for r in s.kernels]
+
+
+def at(name: str, index: int, role: str) -> tuple[Scan, Kernel]:
+    scan = scans(name)[index]
+    return scan, scan.kernels[role]
+
+
+each_kernel = pytest.mark.parametrize("name, index, role", KERNELS, ids=[f"{n}-{i}-{r}" for n, i, r in KERNELS])
+
+
+def test_the_specs_with_a_chunk_form() -> None:
+    wanted = {"gated_linear_attention", "linear_attention", "mamba2", "mlstm", "retention", "rwkv6"}
+    assert {n for n in CHUNKED if n in SHIPPED} == wanted
+    assert set(cases.OPS) - set(CHUNKED) == {"vector", "max_plus", "delta"}
+
+
+# -- loops and launches ------------------------------------------------------------------------------------------------
+
+STOPS = {
+    "tiles": {"count"},
+    "levels": {"LEVELS"},
+    "blocks of side i": {"tl.cdiv(I, BI)"},
+    "blocks of side j": {"tl.cdiv(J, BJ)"},
+}
+
+
+def check_loops(kernel: Kernel, allowed: set[str]) -> None:
+    for s in kernel.statements():
+        if isinstance(s, Loop):
+            assert s.over in allowed, (kernel.name, s.over)
+            assert s.stop.text() in STOPS[s.over], (kernel.name, s.stop.text())
+
+
+@each_kernel
+def test_loops(name: str, index: int, role: str) -> None:
+    """Walks over tiles keep a state; no other kernel sees more than one tile, and none loops over tokens."""
+    _, kernel = at(name, index, role)
+    if role in ("states", "ends"):
+        check_loops(kernel, {"tiles"})
+    elif role == "token":
+        check_loops(kernel, {"blocks of side j"})
+    else:
+        check_loops(kernel, {"levels", "blocks of side j" if role.endswith("_i") else "blocks of side i"})
+
+
+@pytest.mark.parametrize("name", VECTOR)
+def test_loops_of_elementwise_scans(name: str) -> None:
+    check_loops(VECTOR[name], {"tiles", "levels"})
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_launches(name: str) -> None:
+    """At most 3 kernels forward and 6 backward; every role is a known one."""
+    for scan in scans(name):
+        forward = [r for r in scan.kernels if r == "states" or r.startswith("read_")]
+        backward = [r for r in scan.kernels if r == "ends" or r.startswith(("grad_", "edges_", "gate_"))]
+        assert {*forward, *backward, "token"} == set(scan.kernels)
+        assert 2 <= len(forward) <= 3 and 3 <= len(backward) <= 6
+
+
+# -- contractions ------------------------------------------------------------------------------------------------------
+
+POINTWISE = {"tl.exp", "tl.where", "tl.trans", "tl.load", "tl.zeros", "tl.arange", "tl.program_id", "tl.cdiv"}
+CONTRACTIONS = {"tl.dot", "masked_sum", "tl.sum"}
+
+
+def names_in(e: Expr, values: dict[str, Expr]) -> set[str]:
+    """The names that an expression reads, those behind its local names included."""
+    found: set[str] = set()
+    pending = [e]
+    while pending:
+        for x in pending.pop().walk():
+            if not x.args and x.op not in found:
+                found.add(x.op)
+                if x.op in values:
+                    pending.append(values[x.op])
+    return found
+
+
+def sum_kind(e: Expr, scan: Scan, values: dict[str, Expr]) -> str:
+    """What a tl.sum adds up: the gate's total over a tile's tokens, a thin gate's sums, or a tile's edges."""
+    (arg,) = e.args[:1]
+    gates = {g.name: g for g in scan.form.gates}
+    if arg.op in gates and not arg.args:
+        return "total"
+    thin = any(g.thin for g in gates.values())
+    if thin and arg.op == "tl.where" and arg.args[2].text() == "0.0":
+        inside = arg.args[1]
+        if inside.op in gates and gates[inside.op].thin:
+            return "thin gate over tokens"
+        if inside.op == "tl.sum" and inside.args[1].text() == "1":
+            return "thin gate's gradient over tokens"
+    if thin and e.args[1].text() == "1":
+        # the gradient of a gate with one number a head is a sum over the side, an elementwise product of what
+        # dots gave with an operand: its factors meet at one token and one column, no contraction of two tiles
+        reads = names_in(arg, values)
+        if arg.op in ("flow", "*") or "edges" in reads:
+            return "thin gate's gradient over the side"
+    if {"states", "ends"} <= names_in(arg, values):
+        return "edges"
+    return "unknown"
+
+
+@each_kernel
+def test_contractions_are_dots(name: str, index: int, role: str) -> None:
+    """Keys, values and pairs of tokens meet in dots; tl.sum is for gates, and for single tokens."""
+    scan, kernel = at(name, index, role)
+    called = {e.op for e in kernel.expressions() if e.op.startswith("tl.") and (e.args or e.keywords)}
+    called |= {e.op for e in kernel.expressions() if e.op == "masked_sum"}
+    called -= {"tl.store"}
+    if role == "token":
+        assert called <= POINTWISE | {"tl.sum"}
+        assert not any(e.op == "tl.dot" for e in kernel.expressions())
+        return
+    assert called <= POINTWISE | CONTRACTIONS, called - POINTWISE - CONTRACTIONS
+    values = {s.name: s.value for s in kernel.statements() if isinstance(s, Let)}
+    for e in kernel.expressions():
+        if e.op == "index":  # no third dimension, in which a sum could hide a product
+            assert e.keywords[0][1] in (":, None", "None, :")
+        if e.op == "tl.sum":
+            kind = sum_kind(e, scan, values)
+            assert kind != "unknown", e.text()
+            if not role.startswith(("edges_", "gate_")):  # only those give a gate its gradient
+                assert kind in ("total", "thin gate over tokens"), (kind, e.text())
+    for e in kernel.expressions():  # masked sums are dots with zeros and ones, of gates or what flows past them
+        if e.op == "masked_sum":
+            assert not any(g.thin for g in scan.form.gates) or len(scan.form.gates) == 2
+
+
+def test_the_checks_see_what_they_forbid() -> None:
+    """A loop over tokens, and contractions of keys or of tokens by elementwise products and sums."""
+    name = next(n for n in SHIPPED if scans(n) and scans(n)[0].form.gates and not scans(n)[0].form.gates[0].thin)
+    (scan,) = scans(name)
+    with pytest.raises(AssertionError):
+        check_loops(Kernel("f", "", (), (Loop("t", Expr("T"), "tokens", ()),)), set(STOPS))
+    i, j = (Expr(o.name) for o in scan.form.writes[0])
+    (query,) = (Expr(q.name) for q in scan.form.queries)
+    for product, axis in ((i * query, 1), (i * j, 0), (where(Expr("earlier"), i, 0.0), 1), (query * "states", 0)):
+        assert sum_kind(call("tl.sum", product, axis), scan, {}) == "unknown"
+    gate = Expr(scan.form.gates[0].name)
+    assert sum_kind(call("tl.sum", gate, 0), scan, {}) == "total"
+
+
+def dots(kernel: Kernel) -> list[set[str]]:
+    """For each dot, the names that its two operands read directly."""
+    return [{x.op for a in e.args for x in a.walk() if not x.args} for e in kernel.expressions() if e.op == "tl.dot"]
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_every_pair_has_its_dots(name: str) -> None:
+    """A dot a write and tile for the states, a dot a query and tile for their gradients, and in the sides' kernels
+    a dot with the states for each read, one with their gradients for each write, and scores for each pair."""
+    for scan in scans(name):
+        form, kernels = scan.form, scan.kernels
+        assert len(dots(kernels["states"])) == len(form.writes)
+        assert len(dots(kernels["ends"])) == len(form.queries)
+        for role, kernel in scan.tiled():
+            found = dots(kernel)
+            if role.startswith("read_"):
+                read = [q for q in form.queries if q.side != role[-1]]
+                assert sum("states" in d for d in found) == len(read)
+                pairs = {f"score_{form.queries.index(q)}{r}" for q in read for r in range(len(form.writes))}
+                assert pairs == {x for d in found for x in d if x.startswith("score_")}
+            elif role.startswith("grad_"):
+                own = [q for q in form.queries if q.side == role[-1]]
+                assert sum("states" in d for d in found) == len(own)
+                assert sum("ends" in d for d in found) == len(form.writes)
+            elif role.startswith("edges_"):
+                assert sum("states" in d for d in found) == len(form.queries)
+                assert sum("ends" in d for d in found) == len(form.writes)
+
+
+# -- where lines come from ---------------------------------------------------------------------------------------------
+
+
+@each_kernel
+def test_spec_lines(name: str, index: int, role: str) -> None:
+    """What a kernel loads of the spec's tensors has the spec's line behind it."""
+    scan, kernel = at(name, index, role)
+    place = rf"{name}\.spec:\d+"
+    operands = {o.name: o for o in scan.form.operands()}
+    noted = 0
+    for s in kernel.statements():
+        if not isinstance(s, Let):
+            continue
+        if s.name in operands and s.value.op == "tl.load" and role != "token":
+            line = scan.spans.get(operands[s.name].node, "")
+            assert re.search(place, line), (kernel.name, s.name)
+            assert s.note == line
+            noted += 1
+        update = s.name == "state" and s.value.op == "+" if role in ("states", "ends") else s.name == "new"
+        if update:
+            assert re.fullmatch(place, s.note)
+            noted += 1
+    assert noted
+
+
+@each_kernel
+def test_arguments_are_used(name: str, index: int, role: str) -> None:
+    """Each pointer is loaded from or stored to."""
+    _, kernel = at(name, index, role)
+    used = {e.op for e in kernel.expressions() if e.op.endswith("_ptr")}
+    assert used == set(kernel.arguments)
+    assert any(isinstance(s, Store) for s in kernel.statements())
+
+
+# -- compiled ----------------------------------------------------------------------------------------------------------
+
+
+def plain(kernel: Kernel, names: list[str]) -> str:
+    """The kernel's text without comments, with operands numbered: what decides the machine code."""
+    w = Writer()
+    kernel.print(w)
+    text = re.sub(r'"""[^\n]*"""', "", re.sub(r"  #[^\n]*", "", w.text()))
+    text = text.replace(f"def {kernel.name}(", "def kernel(")
+    for k, n in enumerate(names):
+        text = re.sub(rf"\b((?:d_)?(?:out_)?){n}(_ptr)?\b", rf"\1operand {k}\2", text)
+    return text
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kernel to compile: its name in an emitted module, the warps of a program, further constants."""
+
+    name: str
+    warps: int
+    blocks: tuple[tuple[str, int], ...] = ()
+
+
+@cache
+def module(name: str, folder: Path) -> ModuleType:
+    package, _, _ = emit(TEXTS[name], folder, f"{name}.spec")
+    return importlib.import_module(f"{package.__name__}._kernels")
+
+
+def unique(names: list[str]) -> dict[str, list[Source]]:
+    """The kernels of these specs by spec, each text once (operands' names do not count)."""
+    seen: set[str] = set()
+    found: dict[str, list[Source]] = {}
+    for name in names:
+        for scan in scans(name):
+            own = [o.name for o in scan.form.operands()]
+            for role, kernel in scan.kernels.items():
+                text = plain(kernel, own)
+                if text not in seen:
+                    seen.add(text)
+                    blocks = (("BI", 128), ("BJ", 32)) if role == "token" else ()
+                    warps = 4 if role == "token" else kernel.warps
+                    found.setdefault(name, []).append(Source(kernel.name, warps, blocks))
+    return found
+
+
+def compiled(name: str, source: Source, target: str, folder: Path) -> Any:
+    kernel = sources(module(name, folder))[source.name]
+    return compile_kernel(kernel, target, source.warps, **dict(source.blocks))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+ORDER = ["gated_linear_attention", "mlstm"]
+ALL_SHIPPED = [(n, s) for n, found in unique([*ORDER, *(n for n in SHIPPED if n not in ORDER)]).items() for s in found]
+TWO = [(n, s) for n, found in unique(ORDER).items() for s in found] + [("mlstm", Source(k, 4)) for k in VECTOR]
+
+
+def test_equal_kernels_are_compiled_once() -> None:
+    assert {n for n, _ in ALL_SHIPPED} >= {*ORDER, "linear_attention"}
+    assert len(ALL_SHIPPED) < sum(len(s.kernels) for n in SHIPPED for s in scans(n))
+
+
+@pytest.mark.parametrize("name, source", ALL_SHIPPED, ids=[f"{n}-{s.name}" for n, s in ALL_SHIPPED])
+def test_nothing_spills_on_hopper(name: str, source: Source, folder: Path) -> None:
+    """bfloat16 at I = J = 128, with the kernel's own warps."""
+    used = usage(compiled(name, source, "sm_90", folder))
+    assert used["stack"] == 0, used
+    assert used["shared"] <= 227 * 1024, used
+
+
+@pytest.mark.parametrize("name", VECTOR)
+def test_elementwise_scans_do_not_spill_on_hopper(name: str, folder: Path) -> None:
+    assert usage(compiled("mlstm", Source(name, 4), "sm_90", folder))["stack"] == 0
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "sm_90"])
+@pytest.mark.parametrize("name, source", TWO, ids=[f"{n}-{s.name}" for n, s in TWO])
+def test_compiles_for_other_gpus(name: str, source: Source, target: str, folder: Path) -> None:
+    binary = compiled(name, source, target, folder).asm["hsaco" if target.startswith("gfx") else "cubin"]
+    assert len(binary) > 1000
