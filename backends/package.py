@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from chunkc.backends.body import Body, StateField, histories, matrix_scans, param_name, states
+from chunkc.backends.body import matrix_scans
 from chunkc.backends.scan import scan_form
 from chunkc.backends.torch.scan import emit_scan
 from chunkc.backends.triton.emit import emit_kernels, prefix_of
-from chunkc.backends.writer import Lines, Writer, identifier, quoted
+from chunkc.backends.unit import UnitEmitter
+from chunkc.backends.writer import Lines, Writer, identifier
 from chunkc.ir import nodes as N
-from chunkc.ir.axes import Number, Size
+from chunkc.ir.axes import Number
 from chunkc.ir.diagnostics import SourceFile
 from chunkc.ir.graph import Graph, Unit
 
 RUNTIME = Path(__file__).parent / "torch" / "runtime.py"
-RESERVED = frozenset({
-    "forward", "step", "init_state", "training", "parameters", "modules", "buffers", "children", "train", "eval",
-    "half", "float", "double", "type", "to", "cpu", "cuda", "apply", "compile", "share_memory", "state_dict",
-    "load_state_dict", "register_buffer", "register_parameter", "add_module", "requires_grad_", "zero_grad",
-    "extra_repr", "named_parameters", "dump_patches", "call_super_init", "T_destination", "bfloat16", "xpu", "ipu",
-    "mtia", "to_empty", "get_parameter", "get_buffer", "get_submodule", "set_submodule", "reset_parameters",
-    "get_extra_state", "set_extra_state", "register_module", "named_buffers", "named_children", "named_modules",
-})  # fmt: skip
+CHECKS = Path(__file__).parent / "torch" / "checks.py"
+CHUNKS = Path(__file__).parent / "torch" / "chunks.py"
 
 
 def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[str, Number]) -> dict[str, str]:
@@ -39,11 +33,20 @@ def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[st
         "__init__.py": head + "\n" + _modules(units, lines, settings),
         "_torch.py": head + "\n" + _torch(units, lines),
         "_kernels.py": head + "\n" + emit_kernels(units, lines),
+        "_checks.py": CHECKS.read_text(encoding="utf-8"),
         "_runtime.py": RUNTIME.read_text(encoding="utf-8"),
+        **({"_chunks.py": _chunks()} if any(u.graph.of_kind(N.Segment) for u in units) else {}),
     }
 
 
-AXIS_FIELDS = frozenset(("axes", "over", "to", "axis", "source", "target", "batch", "i", "j", "declared"))
+def _chunks() -> str:
+    """The chunks at run time, which import the sequences from beside them."""
+    return CHUNKS.read_text(encoding="utf-8").replace("from chunkc.backends.torch.runtime", "from ._runtime")
+
+
+AXIS_FIELDS = frozenset(
+    ("axes", "over", "to", "axis", "source", "target", "batch", "i", "j", "declared", "chunk", "within")
+)
 
 
 def _safe_names(unit: Unit) -> Unit:
@@ -62,7 +65,7 @@ def _safe_names(unit: Unit) -> Unit:
         if isinstance(value, list | tuple):
             axes = field in AXIS_FIELDS and all(isinstance(v, str) for v in value)
             return [names.get(v, v) if axes else rename(v, field) for v in value]
-        return names.get(value, value) if field in ("axis", "source", "target") and isinstance(value, str) else value
+        return names.get(value, value) if field in AXIS_FIELDS and isinstance(value, str) else value
 
     params = tuple(p.evolve(name=identifier(p.name)) for p in unit.params)
     return unit.evolve(graph=Graph.model_validate(rename(unit.graph.model_dump(), "graph")), params=params)
@@ -98,10 +101,19 @@ def _axes(graph: Graph) -> dict[str, tuple[str, ...]]:
     return {n.id: n.axes for n in graph.nodes}
 
 
+CHECK_NAMES = (
+    "check_offsets",
+    "check_packing",
+    "check_position",
+    "check_state",
+    "check_tensors",
+    "check_values",
+    "length",
+)
 RUNTIME_NAMES = (
-    "Sequences", "Weights", "axis_size", "check_offsets", "check_packing", "check_state", "check_tensors",
-    "check_values", "compute_dtype", "exact", "inv_softplus", "l2_norm", "lay", "layer_norm", "length", "linear",
-    "rms_norm", "row_of", "softmax", "stopped", "use_kernels",
+    "Sequences", "Weights", "along_valid", "axis_size", "complex_type", "compute_dtype", "exact", "inv_softplus",
+    "l2_norm", "lay", "layer_norm", "linear", "masked", "over_valid", "rms_norm", "row_of", "softmax", "stopped",
+    "take", "use_kernels",
 )  # fmt: skip
 
 
@@ -126,6 +138,9 @@ def _modules(units: tuple[Unit, ...], lines: Lines, settings: Mapping[str, Numbe
             w(text)
     w()
     w("from . import _torch")
+    w(f"from ._checks import {', '.join(n for n in CHECK_NAMES if n in used)}")
+    if "Chunks" in used:
+        w("from ._chunks import Chunks")
     w("from ._runtime import (")
     for name in RUNTIME_NAMES:
         if name in used:
@@ -150,386 +165,4 @@ def _module_body(units: tuple[Unit, ...], lines: Lines, settings: Mapping[str, N
     for unit in units:
         w()
         w()
-        _UnitEmitter(unit, lines, w, settings, prefix_of(unit, units)).emit()
-
-
-class _UnitEmitter:
-    """One layer as an nn.Module, or one op as a function."""
-
-    def __init__(self, unit: Unit, lines: Lines, w: Writer, settings: Mapping[str, Number], prefix: str) -> None:
-        self.unit, self.lines, self.w, self.prefix = unit, lines, w, prefix
-        self.graph = unit.graph
-        self.name = identifier(unit.name)
-        self.params = [
-            p.evolve(default=settings.get(p.name, p.default)) if p.name in settings else p for p in unit.params
-        ]
-        self.inputs: list[N.Input] = [n for name in unit.inputs for n in self.graph.of_kind(N.Input) if n.name == name]
-        self.weights: list[N.Param] = self.graph.of_kind(N.Param)
-        self.fields = states(self.graph) + [
-            StateField(h.name, h.axes, None, h.rows) for h in histories(self.graph).values()
-        ]
-        self.sizes = [a for a in self.graph.axes if a.kind == "size" and a.size is not None]
-        self.outputs = self.graph.outputs
-
-    def emit(self) -> None:
-        if self.fields:
-            self.state_class()
-        if self.unit.kind == "layer":
-            self.layer()
-        else:
-            self.op()
-
-    # -- state -------------------------------------------------------------------------------------------------------
-
-    def state_class(self) -> None:
-        w = self.w
-        doc = '"""The state of {}: what crosses from one call to the next. N sequences.'
-        if self.unit.kind == "layer":
-            w("@dataclass(frozen=True)")
-            with w.indented(f"class {self.name}State:"):
-                w(doc.format(self.name))
-                w()
-                self.field_docs()
-                w("position: int64 [N], the tokens seen so far.")
-                w('"""')
-                w()
-                for f in self.fields:
-                    w(f"{identifier(f.name)}: Tensor")
-                w("position: Tensor")
-            w()
-            w()
-            w(f"_pytree.register_dataclass({self.name}State)")
-            w()
-            w()
-        elif len(self.fields) > 1:
-            with w.indented(f"class {self.name}_state(NamedTuple):"):
-                w(doc.format(self.name))
-                w()
-                self.field_docs()
-                w('"""')
-                w()
-                for f in self.fields:
-                    w(f"{identifier(f.name)}: Tensor")
-            w()
-            w()
-
-    def field_docs(self) -> None:
-        for f in self.fields:
-            dims = ", ".join(["N", *([f.rows] if f.rows else []), *f.axes])
-            what = "the last tokens that a shift reads" if f.rows else "a recurrence's state"
-            self.w(f"{identifier(f.name)}: [{dims}], {what}.")
-
-    def field_shape(self, f: StateField, count: str = "seq.count") -> str:
-        return f"({', '.join([count, *([f.rows] if f.rows else []), *f.axes])},)"
-
-    # -- sizes -------------------------------------------------------------------------------------------------------
-
-    def size_lines(self) -> None:
-        """Local variables for the axes' sizes, from the parameters."""
-        for a in self.sizes:
-            assert a.size is not None
-            self.w(f'{a.name} = axis_size("{a.name}", {a.size.text()})')
-
-    def unpack(self) -> None:
-        """Local variables for a layer's parameters and sizes."""
-        for p in self.params:
-            self.w(f"{identifier(p.name)} = self._{identifier(p.name)}")
-        if self.sizes:
-            self.w(f"{''.join(a.name + ', ' for a in self.sizes).rstrip()} = self._sizes")
-
-    def doc(self) -> str:
-        return quoted(self.unit.doc)
-
-    def signature(self) -> list[str]:
-        """The unit's parameters as Python ones; those without a default come first."""
-        out = []
-        for p in sorted(self.params, key=lambda p: p.default is not None):
-            default = "" if p.default is None else f" = {p.default!r}"
-            out.append(f"{identifier(p.name)}: {p.type}{default}")
-        return out
-
-    # -- layers ------------------------------------------------------------------------------------------------------
-
-    def layer(self) -> None:
-        w = self.w
-        with w.indented(f"class {self.name}(nn.Module):"):
-            w(f'"""{self.doc() or self.unit.name}')
-            w()
-            self.interface_doc()
-            w('"""')
-            w()
-            parts = ["self", *self.signature(), "*", "device: torch.device | str | None = None",
-                     "dtype: torch.dtype | None = None"]  # fmt: skip
-            with w.indented(f"def __init__({', '.join(parts)}) -> None:"):
-                self.constructor()
-            w()
-            with w.indented("def reset_parameters(self) -> None:"):
-                self.reset()
-            w()
-            self.forward()
-            if self.fields:
-                w()
-                self.state_methods()
-
-    def interface_doc(self) -> None:
-        w = self.w
-        for n in self.inputs:
-            w(f"{identifier(n.name)}: {n.dtype} [{self.dims(n.axes)}].")
-        for name, id_ in self.outputs:
-            w(f"Gives {name}: [{self.dims(self.graph[id_].axes)}].")
-        w(f"From {self.lines.place(self.unit.span)}.")
-
-    def dims(self, axes: tuple[str, ...]) -> str:
-        timed = any(self.graph.axis[a].kind != "size" for a in axes)
-        own = [a for a in axes if self.graph.axis[a].kind == "size"]
-        return ", ".join([*(["B", "T"] if timed else ["N"]), *own])
-
-    def constructor(self) -> None:
-        w = self.w
-        w("super().__init__()")
-        for p in self.params:
-            w(f"self._{identifier(p.name)} = {identifier(p.name)}")
-        self.size_lines()
-        w(f"self._sizes = ({''.join(a.name + ', ' for a in self.sizes).rstrip()})")
-        w('factory = {"device": device, "dtype": dtype}')
-        groups: dict[str, list[N.Param]] = {}
-        for n in self.weights:
-            groups.setdefault(n.name.split(".")[0], []).append(n)
-        for name, members in groups.items():
-            attribute = self.attribute(name)
-            if "." in members[0].name:
-                made = ", ".join(f"{m.name.split('.')[1]}={self.empty(m)}" for m in members)
-                w(f"self.{attribute} = Weights({made})")
-            else:
-                w(f"self.{attribute} = nn.Parameter({self.empty(members[0])})")
-        w("self.reset_parameters()")
-
-    def attribute(self, name: str) -> str:
-        first, *rest = param_name(name).split(".")
-        return ".".join([first + "_" if first in RESERVED else first, *rest])
-
-    def empty(self, n: N.Param) -> str:
-        return f"torch.empty(({', '.join(n.axes)}{',' if len(n.axes) == 1 else ''}), **factory)"
-
-    def reset(self) -> None:
-        """Initial values: torch.nn.Linear's for library calls, else the spec's."""
-        w = self.w
-        w('"""Draw the initial values anew."""')
-        self.unpack()
-        with w.indented("with torch.no_grad():"):
-            if not self.weights:
-                w("pass")
-            for n in self.weights:
-                target = f"self.{self.attribute(n.name)}"
-                if n.library:
-                    assert n.fan_in is not None
-                    known = {a.size: a.name for a in reversed(self.sizes) if a.size is not None}
-                    bound = f"({n.fan_in.text(0, known)}) ** -0.5"
-                    w(f"{target}.uniform_(-{bound}, {bound})")
-                elif n.init is None:
-                    w(f"{target}.zero_()")
-                else:
-                    self.initial_value(n, target)
-
-    def initial_value(self, n: N.Param, target: str) -> None:
-        assert n.init is not None
-        inner = Body(self.unit.evolve(graph=n.init), self.lines, self.w, "")
-        text, _ = inner.aligned(n.init, n.init.outputs[0][1], n.axes, 0)
-        self.w(f"device, ct = {target}.device, torch.float32")
-        if isinstance(n.init[n.init.outputs[0][1]], N.Const):
-            self.w(f"{target}.fill_({text})")
-        else:
-            self.w(f"{target}.copy_(({text}).expand({target}.shape))")
-
-    def forward(self) -> None:
-        w = self.w
-        args = [f"{identifier(n.name)}: Tensor" for n in self.inputs]
-        extra = [f"state: {self.name}State | None = None"] if self.fields else []
-        extra += ["*", "cu_seqlens: Tensor | None = None", "check: bool = False"]
-        outs = ["Tensor"] * len(self.outputs)
-        result = outs[0] if len(outs) == 1 else f"tuple[{', '.join(outs)}]"
-        if self.fields:
-            result += f" | tuple[{', '.join([*outs, self.name + 'State'])}]"
-        with w.indented(f"def forward({', '.join(['self', *args, *extra])}) -> {result}:"):
-            w('"""Run over whole sequences; with `state`, resume from it and give the new one too."""')
-            self.unpack()
-            self.checks()
-            for f in self.fields:
-                w(f"state_{identifier(f.name)} = None if state is None else state.{identifier(f.name)}")
-            w("start = None if state is None else state.position" if self.fields else "start = None")
-            self.body("self.")
-            names = [f"{self.output(id_)}.to(given)" for _, id_ in self.outputs]
-            if self.fields:
-                with w.indented("if state is not None:"):
-                    new = ", ".join(
-                        [*(f"next_{identifier(f.name)}" for f in self.fields), "state.position + seq.offsets.diff()"]
-                    )
-                    w(f"return {', '.join(names)}, {self.name}State({new})")
-            w(f"return {', '.join(names)}")
-
-    def output(self, id_: str) -> str:
-        text, rank = self.printer.aligned(self.graph, id_, self.graph[id_].axes, self.printer.lead(self.graph, id_))
-        return text if rank == 9 else f"({text})"
-
-    def body(self, owner: str) -> None:
-        """Set up, then the statements of the graph."""
-        w = self.w
-        first = identifier(self.first_input().name)
-        w(f"given, ct, device = {first}.dtype, compute_dtype({first}), {first}.device")
-        w(f"seq = Sequences({first}.shape[0], {first}.shape[1], cu_seqlens, {first})")
-        if any(isinstance(n, N.Scan) for n in self.graph.nodes):
-            w(f"scans = _scans({first})")
-        for n in self.inputs:
-            if n.dtype == "float":
-                w(f"{identifier(n.name)} = {identifier(n.name)}.to(ct)")
-        self.printer = Body(self.unit, self.lines, w, owner, self.prefix)
-        self.printer.attribute = self.attribute if owner else param_name
-        self.printer.emit()
-
-    def first_input(self) -> N.Input:
-        return next((n for n in self.inputs if n.dtype == "float"), self.inputs[0])
-
-    def checks(self) -> None:
-        w = self.w
-        who = self.unit.name
-        with w.indented("check_tensors("):
-            w(f'"{who}",')
-            with w.indented("{"):
-                ordered = sorted(self.inputs, key=lambda n: n.name != self.first_input().name)
-                for n in ordered:
-                    own = [a for a in n.axes if self.graph.axis[a].kind == "size"]
-                    shape = ", ".join(["None", "None", *own])
-                    w(f'"{n.name}": ({identifier(n.name)}, ({shape}), "{n.dtype}"),')
-                if self.unit.kind == "op":
-                    for p in self.weights:
-                        shape = ", ".join(p.axes) + ("," if len(p.axes) == 1 else "")
-                        w(f'"{p.name}": ({identifier(p.name)}, ({shape}), "float"),')
-            w("},")
-        w(")")
-        first = identifier(self.first_input().name)
-        w(f'check_offsets("{who}", cu_seqlens, {first})')
-        count = f"{first}.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1"
-        self.state_checks(who, first, count)
-        with w.indented("if check:"):
-            for n in self.inputs:
-                low, high = (None if x is None or math.isinf(x) else x for x in (n.low, n.high))
-                w(f'check_values("{who}", "{n.name}", {identifier(n.name)}, {low!r}, {high!r})')
-            with w.indented("if cu_seqlens is not None:"):
-                w(f'check_packing("{who}", cu_seqlens, {first}.shape[1])')
-
-    def state_checks(self, who: str, first: str, count: str) -> None:
-        w = self.w
-        if not self.fields:
-            return
-        given = "state" if self.unit.kind == "layer" else "initial_state"
-        with w.indented(f"if {given} is not None:"):
-            w(f"count = {count}")
-            if self.unit.kind == "op" and len(self.fields) > 1:
-                with w.indented(f"if len({given}) != {len(self.fields)}:"):
-                    w(f'raise ValueError("{who}: initial_state wants {len(self.fields)} tensors")')
-            for k, f in enumerate(self.fields):
-                value = f"state.{identifier(f.name)}"
-                if self.unit.kind == "op":
-                    value = "initial_state" if len(self.fields) == 1 else f"initial_state[{k}]"
-                w(f'check_state("{who}", "{f.name}", {value}, {self.field_shape(f, "count")}, {first})')
-
-    def state_methods(self) -> None:
-        w = self.w
-        with w.indented(f"def init_state(self, batch: int, dtype: torch.dtype = torch.float32) -> {self.name}State:"):
-            w('"""The state before the first token of `batch` sequences."""')
-            self.unpack()
-            w("device = next((p.device for p in self.parameters()), None)")
-            w("ct = dtype")
-            inner = Body(self.unit, self.lines, w, "self.")
-            inner.attribute = self.attribute
-            inner.bind()
-            values = []
-            for f in self.fields:
-                shape = self.field_shape(f, "batch")
-                if f.initial is None:
-                    values.append(f"torch.zeros({shape}, dtype=dtype, device=device)")
-                else:
-                    text, rank = inner.aligned(self.graph, f.initial, f.axes, 0)
-                    text = text if rank == 9 else f"({text})"
-                    values.append(f"{text}.expand({shape}).to(dtype)".replace("seq.count", "batch"))
-            with w.indented(f"return {self.name}State("):
-                for v in values:
-                    w(f"{v},")
-                w("torch.zeros((batch,), dtype=torch.int64, device=device),")
-            w(")")
-        if not self.causal():
-            return
-        w()
-        args = [identifier(n.name) for n in self.inputs]
-        typed = ", ".join(f"{a}: Tensor" for a in args)
-        outs = ", ".join(["Tensor"] * len(self.outputs))
-        with w.indented(f"def step(self, {typed}, state: {self.name}State) -> tuple[{outs}, {self.name}State]:"):
-            w('"""One token of each sequence: inputs and outputs without the T dimension."""')
-            call = ", ".join(f"{a}[:, None]" for a in args)
-            names = [f"out_{k}" for k in range(len(self.outputs))]
-            w(f"{', '.join(names)}, new = self.forward({call}, state=state)")
-            timed = [any(self.graph.axis[a].kind != "size" for a in self.graph[i].axes) for _, i in self.outputs]
-            taken = [f"{n}[:, 0]" if t else n for n, t in zip(names, timed)]
-            w(f"return {', '.join(taken)}, new")
-
-    def causal(self) -> bool:
-        return not self.unit.looks_ahead
-
-    # -- ops ---------------------------------------------------------------------------------------------------------
-
-    def op(self) -> None:
-        w = self.w
-        tensors = [f"{identifier(n.name)}: Tensor" for n in self.inputs]
-        tensors += [f"{identifier(p.name)}: Tensor" for p in self.weights]
-        inferred = self.inferred()
-        keywords = []
-        for p in self.params:
-            if p.default is None and p.name in inferred:
-                keywords.append(f"{identifier(p.name)}: {p.type} | None = None")
-            else:
-                keywords.append(f"{identifier(p.name)}: {p.type}" + ("" if p.default is None else f" = {p.default!r}"))
-        state = "Tensor" if len(self.fields) == 1 else f"{self.name}_state"
-        if self.fields:
-            keywords += [f"initial_state: {state} | None = None", "output_final_state: bool = False"]
-        keywords += ["cu_seqlens: Tensor | None = None", "check: bool = False"]
-        outs = ["Tensor"] * len(self.outputs)
-        final = [f"{state} | None"] if self.fields else []
-        result = f"tuple[{', '.join([*outs, *final])}]" if len(outs) + len(final) > 1 else "Tensor"
-        with w.indented(f"def {self.name}({', '.join([*tensors, '*', *keywords])}) -> {result}:"):
-            w(f'"""{self.doc() or self.unit.name}')
-            w()
-            self.interface_doc()
-            w("A packed batch has B = 1 and cu_seqlens [N + 1]; states are [N, ...].")
-            w('"""')
-            for name, text in inferred.items():
-                with w.indented(f"if {identifier(name)} is None:"):
-                    w(f"{identifier(name)} = {text}")
-            self.size_lines()
-            self.checks()
-            for k, f in enumerate(self.fields):
-                value = "initial_state" if len(self.fields) == 1 else f"initial_state[{k}]"
-                w(f"state_{identifier(f.name)} = None if initial_state is None else {value}")
-            w("start = None")
-            self.body("")
-            self.op_result(state)
-
-    def op_result(self, state: str) -> None:
-        w = self.w
-        names = [f"{self.output(id_)}.to(given)" for _, id_ in self.outputs]
-        if not self.fields:
-            w(f"return {', '.join(names)}")
-            return
-        finals = [f"next_{identifier(f.name)}" for f in self.fields]
-        made = finals[0] if len(finals) == 1 else f"{state}({', '.join(finals)})"
-        w(f"return {', '.join(names)}, {made} if output_final_state else None")
-
-    def inferred(self) -> dict[str, str]:
-        """Parameters without a default that are an input's size: where to read them."""
-        out: dict[str, str] = {}
-        for p in self.params:
-            for n in self.inputs:
-                own = [a for a in n.axes if self.graph.axis[a].kind == "size"]
-                for k, a in enumerate(own):
-                    if self.graph.axis[a].size == Size(op="param", value=p.name) and p.default is None:
-                        out.setdefault(p.name, f"length({identifier(n.name)}, {k + 2})")
-        return out
+        UnitEmitter(unit, lines, w, settings, prefix_of(unit, units)).emit()

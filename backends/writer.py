@@ -54,7 +54,7 @@ torch nn F math Tensor ModuleType NamedTuple dataclass self seq scans ct device 
 new check cu_seqlens initial_state output_final_state position step factory batch float int bool len tuple super
 next range Sequences Weights axis_size check_offsets check_packing check_state check_tensors check_values
 compute_dtype exact inv_softplus l2_norm lay layer_norm linear rms_norm softmax stopped use_kernels length
-row_of
+row_of complex_type along_valid over_valid take check_position Chunks masked
 """
 MODULE_NAMES = frozenset(_MODULE_NAMES.split())
 

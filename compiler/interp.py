@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,25 +21,28 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": torch.exp, "log": torch.log, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu,
     "gelu": F.gelu, "relu": torch.relu, "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
     "logsigmoid": lambda x: -torch.logaddexp(-x, torch.zeros_like(x)), "abs": torch.abs, "neg": torch.neg,
-    "inv_softplus": lambda x: x + torch.log(-torch.expm1(-x)), "floor": torch.floor, "not": torch.logical_not,
-    "stop": torch.Tensor.detach,
+    "inv_softplus": lambda x: x + torch.log(-torch.expm1(-x)), "floor": lambda x: torch.floor(x).long(),
+    "not": torch.logical_not, "stop": torch.Tensor.detach, "sin": torch.sin, "cos": torch.cos, "re": torch.real, "im": torch.imag,
 }  # fmt: skip
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "+": torch.add, "-": torch.sub, "*": torch.mul, "/": torch.true_divide, "%": torch.remainder, "pow": torch.pow,
     "<": torch.lt, "<=": torch.le, ">": torch.gt, ">=": torch.ge, "==": torch.eq, "!=": torch.ne,
     "and": torch.logical_and, "or": torch.logical_or, "max": torch.maximum, "min": torch.minimum,
+    "complex": lambda a, b: a + 1j * b,
 }  # fmt: skip
 
 
 @dataclass
 class Run:
-    """What a run is given: parameters, tensors by name, the lengths of sequence axes, initial states by name."""
+    """What a run is given: parameters, tensors by name, the lengths of sequence axes and the position of their first
+    token, initial states by name."""
 
     settings: Mapping[str, Number] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     lengths: Mapping[str, int] = field(default_factory=dict)
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
+    positions: Mapping[str, int] = field(default_factory=dict)
 
 
 def interpret(unit: Unit, run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -51,23 +54,41 @@ def interpret(unit: Unit, run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor
     return outputs, machine.finals
 
 
-class Interpreter:
-    """Values of a graph's nodes, found on demand; `captured` are the values of the graph around a body."""
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk: tokens `start` to `stop` of those given, whether it began before them, and whether it may go on."""
 
-    def __init__(self, graph: Graph, run: Run) -> None:
+    start: int
+    stop: int
+    continues: bool = False
+    open: bool = False
+
+
+class Interpreter:
+    """Values of a graph's nodes, found on demand; `chunks` are those of the graph around a body."""
+
+    def __init__(self, graph: Graph, run: Run, chunks: Mapping[str, list[Chunk]] | None = None) -> None:
         self.graph = graph
         self.run = run
+        self.chunks: dict[str, list[Chunk]] = dict(chunks or {})
         self.values: dict[str, Tensor] = {}
         self.results: dict[str, list[Tensor]] = {}
         self.finals: dict[str, Tensor] = {}
 
     def size(self, axis: str) -> int:
         a = self.graph.axis[axis]
+        if a.kind == "chunk":
+            return len(self.chunks[a.space])
         return int(a.size.evaluate(self.run.settings)) if a.size is not None else self.run.lengths[a.space]
 
+    def first(self, axis: str) -> int:
+        """The position of the first token that is given."""
+        return self.run.positions.get(self.graph.axis[axis].space, 0)
+
     def value(self, id_: str) -> Tensor:
+        needed = self.graph.reachable([id_, *(n.id for n in self.graph.of_kind(N.Segment))])
         for node in self.graph.nodes:
-            if node.id not in self.values and node.id in self.graph.reachable([id_]):
+            if node.id not in self.values and node.id in needed:
                 self.values[node.id] = self.evaluate(node)
         return self.values[id_]
 
@@ -92,7 +113,12 @@ class Interpreter:
         if isinstance(node, N.Random):
             return self.random(node)
         if isinstance(node, N.Coord):
-            return torch.arange(self.size(node.axis))
+            return torch.arange(self.size(node.axis)) + self.first(node.axis)
+        if isinstance(node, N.Segment):
+            self.chunks[node.chunk] = self.segment(node)
+            return torch.zeros(())
+        if isinstance(node, N.Bounds):
+            return self.bounds(node)
         if isinstance(node, N.Length):
             return torch.tensor(self.size(node.axis))
         if isinstance(node, N.Map):
@@ -143,45 +169,129 @@ class Interpreter:
             out = BINARY[node.fn](out, a)
         return out
 
+    def segment(self, node: N.Segment) -> list[Chunk]:
+        """The chunks of a sequence whose first token may stand within one."""
+        parent = self.graph.axis[node.chunk].parent
+        assert parent is not None
+        length, position = self.size(parent), self.first(parent)
+        n = 0 if node.n is None else int(node.n.evaluate(self.run.settings))
+        if node.rule == "parts":
+            edges = [k * length // n for k in range(n + 1)]
+            return [Chunk(a, b) for a, b in zip(edges, edges[1:])]
+        if node.rule == "fixed":
+            positions = {
+                **self.run.positions,
+                node.chunk: position // n,
+            }  # chunks are counted from the sequence's start
+            self.run = replace(self.run, positions=positions)
+            starts = [k for k in range(length) if (position + k) % n == 0]
+        else:
+            assert node.begins is not None
+            begins = self.values[node.begins]
+            starts = [k for k in range(length) if bool(begins[k]) or k + position == 0]
+        continues = length > 0 and 0 not in starts
+        edges = [*([0] if continues else []), *starts, length]
+        last = node.rule == "runs" or (n > 0 and (position + length) % n != 0)
+        return [
+            Chunk(a, b, continues and a == 0, last and b == length) for a, b in zip(edges, edges[1:])
+        ]  # fmt: skip
+
+    def bounds(self, node: N.Bounds) -> Tensor:
+        chunks = self.chunks[node.chunk]
+        parent = self.graph.axis[node.chunk].parent
+        assert parent is not None
+        if node.fn == "of":
+            index = [m for m, chunk in enumerate(chunks) for _ in range(chunk.start, chunk.stop)]
+        elif node.fn == "index":
+            index = list(range(len(chunks)))
+        elif node.fn == "length":
+            return torch.tensor([chunk.stop - chunk.start for chunk in chunks], dtype=torch.int64)
+        else:
+            edges = [c.start if node.fn == "first" else c.stop - 1 for c in chunks]
+            return torch.tensor(edges, dtype=torch.int64) + self.first(parent)
+        return torch.tensor(index, dtype=torch.int64) + self.first(node.chunk)
+
+    def pieces(self, x: Tensor, axes: tuple[str, ...], chunk: str) -> list[Tensor]:
+        """A value cut along the axis that the chunks or groups divide."""
+        axis = self.graph.axis[chunk]
+        assert axis.parent is not None
+        dim = next(k for k, a in enumerate(axes) if self.graph.axis[a].space == self.graph.axis[axis.parent].space)
+        if axis.kind == "chunk":
+            return [x.narrow(dim, c.start, c.stop - c.start) for c in self.chunks[axis.space]]
+        return list(x.chunk(self.size(chunk), dim))
+
     def along(self, node: N.Reduce | N.Normalize) -> Tensor:
-        x = self.values[node.arg]
-        dims = [self.graph[node.arg].axes.index(a) for a in node.over]
-        if isinstance(node, N.Reduce):
-            if node.fn == "sum":
-                return x.sum(dims)
-            if node.fn == "mean":
-                count = math.prod(x.shape[d] for d in dims)
-                return x.to(self.run.dtype).sum(dims) / max(count, 1)
-            if node.fn == "any":
-                return x.any(dims[0]) if len(dims) == 1 else x.amax(dims)
-            return x.amax(dims) if node.fn == "max" else x.amin(dims)
-        if node.fn == "softmax":
-            e = torch.exp(x - x.amax(dims, keepdim=True))
-            return e / e.sum(dims, keepdim=True)
-        if node.fn == "rms_norm":
+        x, axes = self.values[node.arg], self.graph[node.arg].axes
+        dims = [axes.index(a) for a in node.over]
+        if node.chunk is not None:
+            parts = self.pieces(x, axes, node.chunk)
+            if isinstance(node, N.Reduce):
+                done = [self.reduce(node.fn, p, dims) for p in parts]
+                shape = [0, *(n for k, n in enumerate(x.shape) if k not in dims)]
+                return torch.stack(done) if done else x.new_zeros(shape)
+            cut = next(d for d in dims if parts[0].shape[d] != x.shape[d]) if len(parts) > 1 else dims[0]
+            return torch.cat([self.normalize(node.fn, p, dims) for p in parts], cut) if parts else x
+        return self.reduce(node.fn, x, dims) if isinstance(node, N.Reduce) else self.normalize(node.fn, x, dims)
+
+    def reduce(self, fn: str, x: Tensor, dims: list[int]) -> Tensor:
+        if fn == "sum":
+            return x.sum(dims)
+        count = math.prod(x.shape[d] for d in dims)
+        if fn == "mean":
+            return (x if x.is_complex() else x.to(self.run.dtype)).sum(dims) / max(count, 1)
+        if count == 0:
+            return x.sum(dims).to(x.dtype)
+        if fn == "any":
+            return x.any(dims[0]) if len(dims) == 1 else x.amax(dims)
+        return x.amax(dims) if fn == "max" else x.amin(dims)
+
+    def normalize(self, fn: str, x: Tensor, dims: list[int]) -> Tensor:
+        if x.numel() == 0:
+            return x.to(self.run.dtype)
+        if fn == "softmax":
+            most = x.amax(dims, keepdim=True)
+            e = torch.exp(x - torch.where(torch.isinf(most), 0.0, most))
+            total = e.sum(dims, keepdim=True)
+            return e / torch.where(total == 0, 1.0, total)
+        if fn == "rms_norm":
             return x / torch.sqrt((x * x).mean(dims, keepdim=True) + 1e-5)
-        if node.fn == "l2_norm":
+        if fn == "l2_norm":
             return x / torch.sqrt((x * x).sum(dims, keepdim=True) + 1e-6)
         centred = x - x.mean(dims, keepdim=True)
         return centred / torch.sqrt((centred * centred).mean(dims, keepdim=True) + 1e-5)
 
     def moved(self, node: N.Shift | N.Slice | N.Gather) -> Tensor:
+        if isinstance(node, N.Gather):
+            return self.gather(node)
         x = self.values[node.arg]
         dim = self.graph[node.arg].axes.index(node.axis)
         n = x.shape[dim]
         if isinstance(node, N.Shift):
             index = torch.arange(n) - int(node.by.evaluate(self.run.settings))
-        elif isinstance(node, N.Slice):
-            index = torch.tensor(int(node.at.evaluate(self.run.settings)))
         else:
-            index = self.values[node.index]
+            index = torch.tensor(int(node.at.evaluate(self.run.settings)))
         inside = (index >= 0) & (index < n)
         picked = x.movedim(dim, 0)[index.clamp(0, max(n - 1, 0))]
         shape = list(inside.shape) + [1] * (picked.dim() - inside.dim())
         picked = torch.where(inside.reshape(shape), picked, torch.zeros((), dtype=x.dtype))
-        if isinstance(node, N.Shift):
-            return picked.movedim(0, dim)
-        return picked
+        return picked.movedim(0, dim) if isinstance(node, N.Shift) else picked
+
+    def gather(self, node: N.Gather) -> Tensor:
+        """One position of the axis for each element of the result."""
+        arg = self.graph[node.arg].axes
+        x = self.values[node.arg].movedim(arg.index(node.axis), 0)
+        n = x.shape[0]
+        own = tuple(a for a in arg if a != node.axis)
+        sizes = [self.size(a) for a in node.axes]
+        x = x.permute(0, *(1 + own.index(a) for a in node.axes if a in own))
+        for position, a in enumerate(node.axes):
+            if a not in own:
+                x = x.unsqueeze(1 + position)
+        index = self.aligned(node.index, node.axes).expand(sizes) - self.first(node.axis)
+        if n == 0:
+            return torch.zeros(sizes, dtype=x.dtype)
+        picked = x.expand(n, *sizes).gather(0, index.clamp(0, n - 1)[None])[0]
+        return torch.where((index >= 0) & (index < n), picked, torch.zeros((), dtype=x.dtype))
 
     def linear(self, node: N.Linear) -> Tensor:
         axes = self.graph[node.arg].axes
@@ -207,49 +317,85 @@ class Interpreter:
 
     # -- recurrences -------------------------------------------------------------------------------------------------
 
-    def start(self, name: str, axes: tuple[str, ...], initial: str | None) -> Tensor:
+    def start(self, name: str, axes: tuple[str, ...], initial: str | None, dtype: str) -> Tensor:
         """A state before the first step: the one given to the run, else the spec's."""
         shape = [self.size(a) for a in axes]
         if name in self.run.initial:
             return self.run.initial[name]
+        of = self.run.dtype.to_complex() if dtype == "complex" else self.run.dtype
         if initial is None:
-            return torch.zeros(shape, dtype=self.run.dtype)
-        return self.aligned(initial, axes).to(self.run.dtype).expand(shape)
+            return torch.zeros(shape, dtype=of)
+        return self.aligned(initial, axes).to(of).expand(shape)
+
+    def anew(self, node: N.Recur | N.Scan, step: int) -> bool:
+        """Whether a recurrence within chunks starts from its initial values at this step."""
+        return node.within is not None and any(c.start == step and not c.continues for c in self.chunks[node.within])
 
     def recur(self, node: N.Recur) -> list[Tensor]:
-        states = {c.name: self.start(c.name, c.axes, c.initial) for c in node.carried}
+        states = {c.name: self.start(c.name, c.axes, c.initial, c.dtype) for c in node.carried}
+        fresh = {c.name: self.start("", c.axes, c.initial, c.dtype) for c in node.carried}
         rows: list[list[Tensor]] = [[] for _ in node.body.outputs]
-        steps = self.size(node.axis)
-        for t in range(steps):
-            body = Interpreter(node.body, self.run)
-            for n in node.body.nodes:
-                if isinstance(n, N.State):
-                    body.values[n.id] = states[n.name]
-                elif isinstance(n, N.Capture):
-                    have = self.graph[n.outer].axes
-                    x = self.values[n.outer]
-                    body.values[n.id] = x.select(have.index(node.axis), t) if node.axis in have else x
-                elif isinstance(n, N.Coord) and n.axis == node.axis:
-                    body.values[n.id] = torch.tensor(t)
+        for step in range(self.size(node.axis)):
+            if self.anew(node, step):
+                states = dict(fresh)
+            body = self.body_at(node, step, states)
             for row, (_, id_) in zip(rows, node.body.outputs):
                 row.append(body.value(id_))
-            states = {c.name: body.value(c.result) for c in node.carried}
+            axis = self.graph.axis[node.axis]
+            if axis.kind != "chunk" or not self.chunks[axis.space][step].open:
+                states = {c.name: body.value(c.result) for c in node.carried}
         self.finals.update(states)
         out = []
         for row, (_, id_) in zip(rows, node.body.outputs):
-            shape = [self.size(a) for a in node.body[id_].axes]
-            out.append(torch.stack(row) if row else torch.zeros([0, *shape], dtype=self.run.dtype))
+            axes = node.body[id_].axes
+            inner = self.inner(node)
+            if inner in axes:
+                cut = axes.index(inner)
+                shape = [self.size(a) for a in axes]
+                out.append(torch.cat(row, cut) if row else torch.zeros(shape, dtype=self.run.dtype))
+            else:
+                shape = [self.size(a) for a in axes]
+                out.append(torch.stack(row) if row else torch.zeros([0, *shape], dtype=self.run.dtype))
         return out + [states[c.name] for c in node.carried]
+
+    def inner(self, node: N.Recur) -> str:
+        """The sequence whose positions a step over chunks covers; empty for other recurrences."""
+        axis = self.graph.axis[node.axis]
+        return (axis.parent or "") if axis.kind == "chunk" else ""
+
+    def body_at(self, node: N.Recur, step: int, states: Mapping[str, Tensor]) -> Interpreter:
+        """A body with its captures and states of one step."""
+        inner = self.inner(node)
+        run, low, count = self.run, 0, 0
+        if inner:
+            chunk = self.chunks[self.graph.axis[node.axis].space][step]
+            low, count = chunk.start, chunk.stop - chunk.start
+            space = self.graph.axis[inner].space
+            run = replace(run, lengths={**run.lengths, space: count},
+                          positions={**run.positions, space: self.first(inner) + low})  # fmt: skip
+        body = Interpreter(node.body, run, self.chunks)
+        for n in node.body.nodes:
+            if isinstance(n, N.State):
+                body.values[n.id] = states[n.name]
+            elif isinstance(n, N.Capture):
+                have = self.graph[n.outer].axes
+                x = self.values[n.outer]
+                x = x.narrow(have.index(inner), low, count) if inner in have else x
+                body.values[n.id] = x.select(have.index(node.axis), step) if node.axis in have else x
+            elif isinstance(n, N.Coord) and n.axis == node.axis:
+                body.values[n.id] = torch.tensor(step + self.first(node.axis))
+        return body
 
     def scan(self, node: N.Scan) -> list[Tensor]:
         """S_t = A_t S_{t-1} + writes, a token at a time; queries read S_{t-1}."""
         axes = (*node.batch, *node.i, *node.j)
-        state = self.start(node.name, axes, node.initial)
+        state, fresh = (self.start(name, axes, node.initial, node.dtype) for name in (node.name, ""))
         steps = self.size(node.axis)
 
         def at(id_: str, t: int) -> Tensor:
             have = self.graph[id_].axes
-            x = self.values[id_].to(self.run.dtype)
+            x = self.values[id_]
+            x = x if x.is_complex() else x.to(self.run.dtype)
             if node.axis in have:
                 x = x.select(have.index(node.axis), t)
                 have = tuple(a for a in have if a != node.axis)
@@ -263,6 +409,7 @@ class Interpreter:
         count = len(node.queries) + (0 if node.i or node.j else 1)
         rows: list[list[Tensor]] = [[] for _ in range(count)]
         for t in order:
+            state = fresh if self.anew(node, t) else state
             for row, q in zip(rows, node.queries):
                 removed = node.i if q.side == "i" else node.j
                 row.append((at(q.arg, t) * state).sum([axes.index(a) for a in removed]))
@@ -286,5 +433,5 @@ class Interpreter:
         for index, row in enumerate(rows):
             shape = [self.size(a) for a in node.result_axes(index)]
             ordered = row[::-1] if node.reverse else row
-            out.append(torch.stack(ordered).reshape(shape) if row else torch.zeros(shape, dtype=self.run.dtype))
+            out.append(torch.stack(ordered).reshape(shape) if row else torch.zeros(shape, dtype=state.dtype))
         return [*out, state]

@@ -6,15 +6,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import replace
+from typing import Any
 
 from chunkc.dsl import prelude
 from chunkc.dsl import tree as T
-from chunkc.dsl.express import Expressions
+from chunkc.dsl.causality import looks_ahead
+from chunkc.dsl.recurrences import Recurrences
 from chunkc.dsl.scope import (
     AxisName,
-    BodyValue,
     Broken,
     FunctionName,
     Scope,
@@ -26,10 +25,9 @@ from chunkc.dsl.scope import (
 )
 from chunkc.dsl.sizes import Context
 from chunkc.ir import nodes as N
-from chunkc.ir.axes import Axis, Size, SizeError
+from chunkc.ir.axes import Axis, Size
 from chunkc.ir.diagnostics import Diagnostic, Report, Span
 from chunkc.ir.graph import Builder, Module, Parameter, Unit
-from chunkc.ir.ranges import Ranges
 
 
 def check(file: T.File, name: str, dropped: str = "") -> tuple[Module, list[Diagnostic]]:
@@ -73,22 +71,16 @@ def _check_items(file: T.File, silenced: frozenset[str], report: Report, units: 
                 units.append(unit)
 
 
-class _UnitChecker:
+class _UnitChecker(Recurrences):
     def __init__(self, unit: T.UnitDecl, functions: list[T.FnDecl], report: Report, work: Work,
                  silenced: frozenset[str], named: frozenset[str], uses: bool) -> None:  # fmt: skip
+        super().__init__(report, work, Scope(report, prelude.NAMES, silenced, named, uses))
         self.unit = unit
-        self.report = report
-        self.work = work
-        self.scope = Scope(report, prelude.NAMES, silenced, named, uses)
-        self.builder = Builder()
-        self.axes: dict[str, Axis] = self.builder.axes
-        self.x = Expressions(self.scope, report, self.axes, work)
         self.doc: list[str] = []
         self.params: list[Parameter] = []
         self.inputs: list[str] = []
         self.outputs: list[tuple[str, str]] = []
         self.output_spans: dict[str, Span] = {}
-        self.recurrences = 0
         for fn in functions:
             work.spend(fn.span)
             self.scope.declare(fn.name, FunctionName(fn, fn.name.span))
@@ -114,17 +106,12 @@ class _UnitChecker:
         return unit.evolve(looks_ahead=tuple(ahead))
 
     def check_sequences(self, unit: Unit) -> None:
-        """One sequence a unit, and no value over two of its axes: what the back ends lay out."""
-        spaces: dict[str, Span] = {}
+        """No value is over two sequences: what the back ends lay out."""
         for node in unit.graph.nodes:
-            axes = [a for a in node.axes if self.axes[a].kind in ("time", "unordered")]
+            axes = [a for a in node.axes if self.axes[a].is_sequence]
             if len(axes) > 1:
                 self.x.later(f"a value over two sequence axes, {axes[0]} and {axes[1]},", node.span or unit.span)
                 return
-            for a in axes:
-                spaces.setdefault(self.axes[a].space, node.span or unit.span)
-        if len(spaces) > 1:
-            self.x.later("a unit over two sequences", list(spaces.values())[1])
 
     def check_causal(self, unit: Unit, ahead: dict[str, tuple[Span, str]]) -> None:
         if unit.causal:
@@ -175,8 +162,7 @@ class _UnitChecker:
         elif isinstance(s, T.Recurrence):
             self.recurrence(s)
         elif isinstance(s, T.Chunk):
-            self.x.later("'chunk'", s.span)
-            self.scope.names.setdefault(s.name.text, Broken(s.span))
+            self.chunk(s)
         else:
             self.x.later(f"'{s.what}'", s.span)
             self.silence((s,))
@@ -208,6 +194,53 @@ class _UnitChecker:
         elif self.scope.declare(a.name, AxisName(axis, a.name.span)):
             self.axes[name] = axis
 
+    def chunk(self, s: T.Chunk) -> None:
+        """`chunk c of t = RULE`: the axis of the chunks, and the node that says where they lie."""
+        time = self.x.axis(s.of)
+        if time is not None and time.kind != "time":
+            self.report.error("not-an-axis", f"'{time.name}' is no time axis: only a sequence with an order is cut",
+                              s.of.span)  # fmt: skip
+            time = None
+        rule = self.chunk_rule(s.rule, time) if time is not None else None
+        if time is None or rule is None:
+            self.scope.names.setdefault(s.name.text, Broken(s.span))
+            return
+        axis = Axis(name=s.name.text, kind="chunk", space=s.name.text, parent=time.name)
+        if self.scope.declare(s.name, AxisName(axis, s.name.span)):
+            self.axes[axis.name] = axis
+            self.builder.add(N.Segment, "segment", s.span, chunk=axis.name, **rule)
+
+    def chunk_rule(self, e: T.Expr, time: Axis) -> dict[str, Any] | None:
+        """The fields of a segment: fixed(n), parts(n) or runs(x)."""
+        named = isinstance(e, T.CallExpr) and isinstance(e.fn, T.Name)
+        rule = e.fn.text if isinstance(e, T.CallExpr) and isinstance(e.fn, T.Name) else ""
+        if isinstance(e, T.Name) and e.text in prelude.LATER or rule in prelude.LATER:
+            self.x.later(f"chunks by '{rule or e.text}'", e.span)  # type: ignore[union-attr]
+            return None
+        if not isinstance(e, T.CallExpr) or not named or rule not in prelude.RULES:
+            self.report.error("bad-chunk", "chunks are fixed(n), parts(n) or runs(x)", e.span)
+            return None
+        if len(e.args) != 1 or e.args[0].name is not None:
+            self.report.error("bad-call", f"'{rule}' takes one argument", e.span)
+            return None
+        arg = e.args[0].value
+        if rule != "runs":
+            n = self.x.whole(arg, 1, "bad-size", "a length of chunks" if rule == "fixed" else "a number of chunks")
+            return None if n is None else {"rule": rule, "n": n}
+        x = self.x.expr(arg, Context(self.builder, rename=self.renames((time.name,), T.Name(arg.span, time.name))))
+        if x is None:
+            return None
+        b = self.builder
+        if b.nodes[x].axes != (time.name,):
+            self.report.error("axis-mismatch", f"runs are of a value over {time.name} alone, this is over "
+                              f"{', '.join(b.nodes[x].axes) or 'no axis'}", arg.span)  # fmt: skip
+            return None
+        dtype = b.nodes[x].dtype
+        number = b.map("where", x, b.const(1), b.const(0)) if dtype == "bool" else x
+        before = b.add(N.Shift, "", arg.span, arg=number, axis=time.name, by=Size.of(1), axes=(time.name,),
+                       dtype=b.nodes[number].dtype)  # fmt: skip
+        return {"rule": rule, "begins": b.map("!=", number, before, span=arg.span)}
+
     def grouped(self, name: str, count: Size, parent: Axis, a: T.AxisDecl) -> Axis | None:
         assert a.groups is not None and a.size is not None
         if parent.size is None:
@@ -219,22 +252,6 @@ class _UnitChecker:
                               f"{count.evaluate({})}", a.size.span)  # fmt: skip
             return None
         return Axis(name=name, kind="size", size=count, space=name, parent=parent.name)
-
-    def axis_list(self, names: tuple[T.Name, ...] | None) -> tuple[str, ...] | None:
-        """The declared axes, each once; None if one is unknown."""
-        out: list[str] = []
-        good = True
-        for n in names or ():
-            self.work.spend(n.span)
-            axis = self.x.axis(n)
-            if axis is None:
-                good = False
-            elif axis.name in out:
-                self.report.error("axis-twice", f"axis '{axis.name}' is named twice", n.span)
-                good = False
-            else:
-                out.append(axis.name)
-        return tuple(out) if good else None
 
     def declare(self, s: T.Declare) -> None:
         for bind in s.binds:
@@ -285,15 +302,11 @@ class _UnitChecker:
             self.report.error("bad-range", f"the range [{low:g}, {high:g}] is empty", span)
         return low, high
 
-    def plain(self, bind: T.Bind, what: str) -> None:
-        """Refuse a type or a range where none has a meaning yet."""
-        if bind.type is not None and bind.type.text != "float":
-            self.x.later(f"{what} of type '{bind.type.text}'", bind.type.span)
-        if bind.range is not None:
-            self.x.later(f"{what} with a range", bind.range[0].span.to(bind.range[1].span))
-
     def declare_param(self, bind: T.Bind) -> None:
-        self.plain(bind, "a param")
+        if bind.type is not None and bind.type.text != "float":
+            self.report.error("bad-type", f"a param is float, not '{bind.type.text}'", bind.type.span,
+                              hints=("make a complex one of two: complex(a, b)",))  # fmt: skip
+        low, high = self.range_of(bind)
         axes = self.axis_list(bind.axes)
         if axes is not None and any(self.axes[a].is_sequence for a in axes):
             self.report.error("bad-param", f"param '{bind.name.text}' is over a sequence", bind.span,
@@ -310,12 +323,14 @@ class _UnitChecker:
         if axes is None:
             self.scope.names.setdefault(bind.name.text, Broken(bind.span))
             return
-        id_ = self.builder.add(N.Param, bind.name.text, bind.span, name=bind.name.text, axes=axes, init=init)
+        id_ = self.builder.add(N.Param, bind.name.text, bind.span, name=bind.name.text, axes=axes, init=init,
+                               low=low, high=high)  # fmt: skip
         self.scope.declare(bind.name, Value(id_, bind.name.span))
 
     def declare_output(self, bind: T.Bind) -> None:
         name = bind.name.text
-        self.plain(bind, "an output")
+        if bind.type is not None or bind.range is not None:
+            self.report.error("bad-output", "an output has the type and the range of its value", bind.span)
         if bind.value is not None:
             self.define(bind.name, bind.axes, bind.value, Context(self.builder))
         symbol = self.scope.find(bind.name)
@@ -335,234 +350,3 @@ class _UnitChecker:
             return
         self.outputs.append((name, id_))
         self.output_spans[name] = bind.name.span
-
-    # -- definitions -------------------------------------------------------------------------------------------------
-
-    def define(self, name: T.Name, axes: tuple[T.Name, ...] | None, value: T.Expr, c: Context) -> str | None:
-        """A definition: its node, entered in the scope."""
-        target = self.axis_list(axes) if axes is not None else None
-        id_: str | None = None
-        before = len(c.builder.nodes)
-        if axes is None or target is not None:
-            c = replace(c, target=target, weight=name.text, rename=self.renames(target or (), name), weights_used=[])
-            id_ = self.x.expr(value, c)
-            if id_ is not None and target is not None:
-                wanted = tuple(a for a in target if a != c.bound)
-                id_ = self.as_axes(id_, wanted, value.span, c)
-        if id_ is None:
-            self.scope.names.setdefault(name.text, Broken(name.span))
-            return None
-        if len(c.builder.nodes) > before:  # else it is a second name of something
-            id_ = _named(c.builder, id_, name.text)
-        self.scope.declare(name, Value(id_, name.span) if c.outer is None else BodyValue(id_, name.span))
-        return id_
-
-    def renames(self, target: tuple[str, ...], name: T.Name) -> dict[str, str]:
-        """Other names of the definition's sequences, which it reads under its own."""
-        out = {}
-        for a in target:
-            if self.axes[a].is_sequence:
-                self.work.spend(name.span, 1 + len(self.axes) // 16)
-                same = [o.name for o in self.axes.values() if o.space == self.axes[a].space and o.name not in target]
-                out.update(dict.fromkeys(same, a))
-        return out
-
-    def as_axes(self, id_: str, wanted: tuple[str, ...], span: Span, c: Context) -> str | None:
-        """The value over just these axes, in this order: missing ones are brought by repetition."""
-        b = c.builder
-        for a in b.nodes[id_].axes:
-            parent = self.axes[a].parent
-            if a not in wanted and parent is not None and parent in wanted and self.axes[a].kind == "size":
-                id_ = self.x.expand(id_, a, parent, span, c)
-        have = b.nodes[id_].axes
-        extra = [a for a in have if a not in wanted]
-        if extra:
-            self.report.error("axis-mismatch", f"this is over {', '.join(have) or 'no axis'}: "
-                              f"'{extra[0]}' is not among the declared axes", span,
-                              notes=(f"declared: {', '.join(wanted) or 'none'}",),
-                              hints=(f"reduce over '{extra[0]}', or declare it",))  # fmt: skip
-            return None
-        if have == wanted:
-            return id_
-        return b.add(N.Map, "", span, fn="as", args=(id_,), axes=wanted, dtype=b.nodes[id_].dtype)
-
-    # -- recurrences -------------------------------------------------------------------------------------------------
-
-    def recurrence(self, s: T.Recurrence) -> None:
-        axis = self.x.axis(s.over)
-        if s.within is not None:
-            self.x.later("'within'", s.within.span)
-            axis = None
-        if axis is not None and axis.kind != "time":
-            self.x.later("a recurrence over an axis that is no time axis", s.over.span)
-            axis = None
-        if axis is None:
-            self.silence(s.body)
-            return
-        before = len(self.report.errors)
-        body = Builder(axes=self.axes.values())
-        c = Context(body, outer=self.builder, bound=axis.name)
-        states: dict[str, StateName] = {}
-        defined: list[tuple[str, str, Span]] = []
-        for statement in s.body:
-            self.body_statement(statement, c, states, defined)
-        if not any(isinstance(part, T.Declare) and part.what == "state" for part in s.body):
-            self.report.error("no-state", "this recurrence has no state", s.span)
-        if len(self.report.errors) > before or not states:
-            self.silence(s.body, [*states, *(name for name, _, _ in defined)])
-            return
-        self.close_recurrence(s, axis, c, states, defined)
-
-    def silence(self, body: Iterable[T.Statement], entered: Iterable[str] = ()) -> None:
-        """After an error: what the statements define is known to be unknown, `entered` names too."""
-        for name in entered:
-            if name in self.scope.names:  # a name that was refused is not
-                self.scope.names[name] = Broken(self.scope.names[name].span)
-        for statement in body:
-            names: list[T.Name] = []
-            if isinstance(statement, T.Define | T.Chunk):
-                names = [statement.name]
-            elif isinstance(statement, T.Declare):
-                names = [b.name for b in statement.binds]
-            elif isinstance(statement, T.Axes):
-                names = [a.name for a in statement.axes]
-            elif isinstance(statement, T.Later):
-                names = list(statement.defines)
-            elif isinstance(statement, T.Recurrence):
-                self.silence(statement.body)
-            for n in names:
-                self.scope.names.setdefault(n.text, Broken(n.span))
-
-    def body_statement(self, s: T.Statement, c: Context, states: dict[str, StateName],
-                       defined: list[tuple[str, str, Span]]) -> None:  # fmt: skip
-        self.work.spend(s.span)
-        if isinstance(s, T.Declare) and s.what == "state":
-            for bind in s.binds:
-                self.declare_state(bind, c, states)
-        elif isinstance(s, T.Define) and s.name.text in states:
-            self.assign(s, states[s.name.text], c)
-        elif isinstance(s, T.Define):
-            id_ = self.define(s.name, s.axes, s.value, c)
-            if id_ is not None:
-                defined.append((s.name.text, id_, s.name.span))
-        elif isinstance(s, T.Later):
-            self.x.later(f"'{s.what}' inside a recurrence", s.span)
-            self.silence((s,))
-        else:
-            self.report.error("bad-body", "a recurrence holds states and definitions", s.span)
-            self.silence((s,))
-
-    def declare_state(self, bind: T.Bind, c: Context, states: dict[str, StateName]) -> None:
-        self.work.spend(bind.span)
-        axes = self.axis_list(bind.axes)
-        self.plain(bind, "a state")
-        if axes is not None and any(self.axes[a].is_sequence for a in axes):
-            self.report.error("bad-state", "a state is over axes of fixed size", bind.span)
-            axes = None
-        initial: str | None = None
-        if axes is not None and bind.value is not None:
-            outer = Context(self.builder)
-            initial = self.x.expr(bind.value, outer)
-            initial = self.as_axes(initial, axes, bind.value.span, outer) if initial is not None else None
-            if initial is None:
-                axes = None
-            elif any(self.axes[a].is_sequence for a in self.builder.nodes[initial].axes):
-                self.report.error("bad-state", "an initial value is over no sequence", bind.value.span)
-        if axes is None:
-            self.scope.names.setdefault(bind.name.text, Broken(bind.span))
-            return
-        current = c.builder.add(N.State, bind.name.text, bind.span, name=bind.name.text, axes=axes)
-        symbol = StateName(axes, bind.name.span, initial, current)
-        if self.scope.declare(bind.name, symbol):
-            states[bind.name.text] = symbol
-
-    def assign(self, s: T.Define, state: StateName, c: Context) -> None:
-        if s.axes is not None:
-            self.report.error("bad-state", "a state's axes stand in its declaration", s.name.span)
-            return
-        context = replace(c, target=state.axes, weight=s.name.text, weights_used=state.weights_used)
-        id_ = self.x.expr(s.value, context)
-        if id_ is None:
-            return
-        have = set(c.builder.nodes[id_].axes)
-        if not have <= set(state.axes):
-            extra = sorted(have - set(state.axes))
-            self.report.error("axis-mismatch", f"this is over {', '.join(sorted(have))}, and '{s.name.text}' has no "
-                              f"axis '{extra[0]}'", s.value.span,
-                              related=((state.span, f"'{s.name.text}' is over {', '.join(state.axes) or 'no axis'}"),),
-                              hints=(f"reduce over '{extra[0]}', or give the state that axis",))  # fmt: skip
-            return
-        id_ = self.as_axes(id_, state.axes, s.value.span, context)
-        if id_ is not None:
-            state.current = id_
-
-    def close_recurrence(self, s: T.Recurrence, axis: Axis, c: Context, states: dict[str, StateName],
-                         defined: list[tuple[str, str, Span]]) -> None:  # fmt: skip
-        """Make the node and its results: tensors defined inside, then each state's trajectory."""
-        body = c.builder
-        results = [(name, id_) for name, id_, _ in defined] + [(n, st.current) for n, st in states.items()]
-        carried = tuple(
-            N.Carried(name=n, axes=st.axes, initial=st.initial, result=st.current, span=st.span)
-            for n, st in states.items()
-        )
-        self.recurrences += 1
-        recur = self.builder.add(N.Recur, f"recurrence_{self.recurrences}", s.span, axis=axis.name, carried=carried,
-                                 body=body.graph(results))  # fmt: skip
-        spans = {name: span for name, _, span in defined}
-        for index, (name, id_) in enumerate(results):
-            node = body.nodes[id_]
-            out = self.builder.add(N.Out, name, node.span, arg=recur, index=index, axes=(axis.name, *node.axes),
-                                   dtype=node.dtype)  # fmt: skip
-            if name in states:
-                states[name].outer = out
-                states[name].current = ""
-                states[name].final = self.builder.add(
-                    N.Out, f"{name}_final", node.span, arg=recur, index=len(results) + list(states).index(name),
-                    axes=states[name].axes)  # fmt: skip
-            else:
-                self.scope.names[name] = Value(out, spans[name])
-
-
-def _named(builder: Builder, id_: str, name: str) -> str:
-    """Give the newest node the definition's name as its id; a node that has a name keeps it."""
-    node = builder.nodes[id_]
-    newest = next(reversed(builder.nodes)) == id_
-    if not newest or isinstance(node, N.Input | N.Param | N.Capture | N.State | N.Out) or name in builder.nodes:
-        return id_
-    del builder.nodes[id_]
-    new = builder.fresh(name)
-    builder.nodes[new] = node.evolve(id=new)
-    for key in reversed(builder._known):
-        if builder._known[key] == id_:  # soon found: the newest node is among the last
-            builder._known[key] = new
-            break
-    return new
-
-
-def looks_ahead(unit: Unit) -> dict[str, tuple[Span, str]]:
-    """The outputs that depend on later tokens, with the span that looks ahead and why."""
-    graph = unit.graph
-    blame: dict[str, tuple[Span, str] | None] = {}
-    time = {a.name for a in graph.axes if a.kind in ("time", "unordered")}
-    for node in graph.nodes:
-        found = next((blame[a] for a in node.operands() if blame.get(a)), None)
-        span = node.span or unit.span
-        if found is None and isinstance(node, N.Reduce | N.Normalize) and set(node.over) & time:
-            found = (span, "this is over the whole sequence")
-        if found is None and isinstance(node, N.Shift) and _negative(node.by):
-            found = (span, "this reads a later position")
-        if found is None and isinstance(node, N.Length):
-            found = (span, "this depends on the sequence's length")
-        if found is None and isinstance(node, N.Out):
-            source = graph[node.arg]
-            whole = isinstance(source, N.Recur) and node.index >= len(source.body.outputs)
-            found = (span, "this is the last state") if whole else None
-        blame[node.id] = found
-    return {name: b for name, id_ in graph.outputs if (b := blame[id_]) is not None}
-
-
-def _negative(size: Size) -> bool:
-    try:
-        return size.evaluate({}) < 0
-    except (SizeError, KeyError):
-        return Ranges.of_size(size)[0] < 0

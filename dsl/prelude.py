@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Function:
-    """A prelude function: `least` to `most` positional arguments; `doc` is its meaning in one line."""
+    """A prelude function: `least` to `most` positional arguments, those with names, its meaning in one line."""
 
     name: str
     least: int
     most: int
     doc: str
+    keywords: tuple[str, ...] = ()
 
 
-def _table(*rows: tuple[str, int, int, str]) -> dict[str, Function]:
-    return {name: Function(name, least, most, doc) for name, least, most, doc in rows}
+def _table(*rows: tuple[str, int, int, str] | tuple[str, int, int, str, tuple[str, ...]]) -> dict[str, Function]:
+    return {row[0]: Function(*row) for row in rows}
 
 
 ELEMENTWISE = _table(
@@ -36,6 +37,16 @@ ELEMENTWISE = _table(
     ("max", 2, 16, "the largest argument"),
     ("where", 3, 3, "the second argument where the first holds, else the third"),
     ("stop", 1, 1, "x, with no gradient"),
+    ("complex", 2, 2, "the complex number with this real and imaginary part"),
+    ("re", 1, 1, "real part"),
+    ("im", 1, 1, "imaginary part"),
+    (
+        "bce",
+        2,
+        2,
+        "binary cross-entropy of a probability p and a label y in [0, 1]; `gamma = n` makes it focal",
+        ("gamma",),
+    ),
 )
 
 REDUCERS = _table(
@@ -56,9 +67,15 @@ NORMALISERS = _table(
     ("l2_norm", 1, 1, "x over the root of its sum of squares + 1e-6"),
 )
 
+POSITIONED = _table(
+    ("rope", 2, 2, "rotary embedding at an integer position: base 10000, half-split pairs"),
+    ("ce", 2, 2, "cross-entropy of logits along the axis and an integer label"),
+)
+
 WEIGHTED = _table(
-    ("linear", 1, 1, "one learned matrix"),
-    ("conv", 2, 2, "causal depthwise convolution along a sequence"),
+    ("linear", 1, 1, "one learned matrix", ("rank", "bias", "init")),
+    ("embed", 2, 2, "a row of a learned table for each integer; the second argument is the number of rows", ("init",)),
+    ("conv", 2, 2, "causal depthwise convolution along a sequence", ("bias", "init")),
 )
 
 INITIAL = _table(
@@ -66,13 +83,21 @@ INITIAL = _table(
     ("normal", 1, 1, "random, normal with this standard deviation; in initial values"),
 )
 
-SIZES = _table(("size", 1, 1, "the length of an axis"))
+SIZES = _table(
+    ("size", 1, 1, "the length of an axis"),
+    ("first", 1, 1, "a chunk's first position"),
+    ("last", 1, 1, "a chunk's last position"),
+    ("len", 1, 1, "how many positions a chunk has"),
+)
 
 CONSTANTS = ("pi", "inf", "true", "false")
 
-# Functions of the language that this version reports as `not-yet`.
-LATER = ("rope", "embed", "first", "last", "len", "rank", "grad", "bce", "ce", "cut", "fixed", "parts", "windows",
-         "runs", "powers", "complex", "re", "im")  # fmt: skip
+# Rules of `chunk`: they stand behind its `=` and nowhere else.
+RULES = ("fixed", "parts", "runs")
 
-FUNCTIONS = {**ELEMENTWISE, **REDUCERS, **NORMALISERS, **WEIGHTED, **INITIAL, **SIZES}
-NAMES = frozenset((*FUNCTIONS, *CONSTANTS, *LATER))
+# Functions of the language that this version reports as `not-yet`.
+LATER = ("rank", "grad", "cut", "windows", "powers")
+
+ALONG = {**REDUCERS, **NORMALISERS, **POSITIONED, **WEIGHTED}
+FUNCTIONS = {**ELEMENTWISE, **ALONG, **INITIAL, **SIZES}
+NAMES = frozenset((*FUNCTIONS, *CONSTANTS, *RULES, *LATER))

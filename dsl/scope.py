@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass, field
 
 from chunkc.dsl import tree as T
-from chunkc.ir.axes import Axis, Size
+from chunkc.ir.axes import Axis, DType, Size
 from chunkc.ir.diagnostics import Report, Span
 
 MAX_WORK = 40_000
@@ -36,6 +36,7 @@ class StateName:
     span: Span
     initial: str | None
     current: str = ""
+    dtype: DType = "float"
     outer: str = ""
     final: str = ""
     weights_used: list[Span] = field(default_factory=list)

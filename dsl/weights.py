@@ -1,4 +1,4 @@
-"""Library calls that hold weights: `linear` and `conv`; and random initial values."""
+"""Library calls that hold weights: `linear`, `embed` and `conv`; and random initial values."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from chunkc.dsl.sizes import Context, Sizes
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Axis, Size
 from chunkc.ir.diagnostics import Span
+from chunkc.ir.graph import Builder, gather_axes
 
 
 class Weights(Sizes):
@@ -20,7 +21,7 @@ class Weights(Sizes):
         """An outer value where it is used."""
         raise NotImplementedError
 
-    def reducer_axes(self, index: T.Index) -> list[tuple[str, T.Name]] | None:
+    def plain_axes(self, index: T.Index) -> list[tuple[str, T.Name]] | None:
         """The axes between a function's brackets."""
         raise NotImplementedError
 
@@ -56,12 +57,24 @@ class Weights(Sizes):
             self.report.error("bad-call", "'bias' is true or false", arg.value.span)
         return None
 
-    def param(self, role: str, axes: tuple[str, ...], fan_in: Size | None, span: Span, c: Context) -> str:
-        """A library call's parameter, named after the definition it stands in."""
-        name = f"{c.weight}.{role}"
-        kind = "bias" if role == "bias" else "weight"
+    def param(self, role: str, axes: tuple[str, ...], fan_in: Size | None, span: Span, c: Context,
+              init: T.Arg | None = None) -> str | None:  # fmt: skip
+        """A library call's parameter, named after the definition it stands in; None if its initial value is wrong."""
         b = c.outer or c.builder
-        id_ = b.add(N.Param, name.replace(".", "_"), span, name=name, axes=axes, library=kind, fan_in=fan_in)
+        kind, graph = {"bias": "bias", "table": "table"}.get(role, "weight"), None
+        if init is not None:
+            inner = Builder(axes=self.axes.values())
+            value = self.expr(init.value, Context(inner, target=axes, initial=True))
+            if value is None:
+                return None
+            if not set(inner.nodes[value].axes) <= set(axes):
+                self.report.error("axis-mismatch", f"this is over {listed(inner.nodes[value].axes)}, the weight is "
+                                  f"over {listed(axes)}", init.value.span)  # fmt: skip
+                return None
+            kind, graph = "", inner.graph([("value", value)]).pruned()
+        name = f"{c.weight}.{'weight' if role == 'table' else role}"
+        id_ = b.add(N.Param, name.replace(".", "_"), span, name=name, axes=axes, library=kind, fan_in=fan_in,
+                    init=graph)  # fmt: skip
         return self.fetch(id_, span, c) if c.outer is not None else id_
 
     def weighted(self, what: str, span: Span, c: Context) -> bool:
@@ -85,13 +98,13 @@ class Weights(Sizes):
         b = c.builder
         node = b.nodes[arg]
         if index is not None:
-            found = self.reducer_axes(T.Index(index.span, index.base, index.entries))
+            found = self.plain_axes(T.Index(index.span, index.base, index.entries))
             if found is None:
                 return None
             if index.to is None:
                 self.report.error("bad-call", "write the axes that it brings: linear[d -> e](x)", index.span)
                 return None
-            brought = self.reducer_axes(T.Index(index.span, index.base, tuple(T.Ix(n.span, n) for n in index.to)))
+            brought = self.plain_axes(T.Index(index.span, index.base, tuple(T.Ix(n.span, n) for n in index.to)))
             if brought is None:
                 return None
             over, made = tuple(a for a, _ in found), tuple(a for a, _ in brought)
@@ -125,21 +138,54 @@ class Weights(Sizes):
         biased = self.flag(named.get("bias"))
         if biased is None:
             return None
+        init = named.get("init")
+        bias = self.param("bias", made, fan_in, e.span, c) if biased else None
         if "rank" in named:
             rank = self.whole(named["rank"].value, 1, "bad-size", "a rank")
             if rank is None:
                 return None
             name = self.own_axis(f"{c.weight}_rank", rank, c)
-            down = self.param("down", (*over, name), fan_in, e.span, c)
+            down = self.param("down", (*over, name), fan_in, e.span, c, init)
+            if down is None:
+                return None
             arg = b.add(N.Linear, "", e.span, arg=arg, weight=down, over=over, to=(name,), axes=(*kept, name))
-            up = self.param("up", (name, *made), rank, e.span, c)
-            bias = self.param("bias", made, fan_in, e.span, c) if biased else None
-            return b.add(N.Linear, "linear", e.span, arg=arg, weight=up, bias=bias, over=(name,), to=made,
-                         axes=(*kept, *made))  # fmt: skip
-        weight = self.param("weight", (*over, *made), fan_in, e.span, c)
-        bias = self.param("bias", made, fan_in, e.span, c) if biased else None
+            over, weight = (name,), self.param("up", (name, *made), rank, e.span, c, init)
+        else:
+            weight = self.param("weight", (*over, *made), fan_in, e.span, c, init)
+        if weight is None:
+            return None
         return b.add(N.Linear, "linear", e.span, arg=arg, weight=weight, bias=bias, over=over, to=made,
                      axes=(*kept, *made))  # fmt: skip
+
+    def embed(self, e: T.CallExpr, index: T.Index | None, positional: list[T.Arg], named: dict[str, T.Arg],
+              c: Context) -> str | None:  # fmt: skip
+        """`embed(x, n)`: the rows of a table with n rows that integers name, over the definition's other axes."""
+        if index is not None:
+            self.report.error("bad-call", "'embed' names no axes: embed(x, n)", index.span)
+            return None
+        arg, rows = (
+            self.expr(positional[0].value, c),
+            self.whole(positional[1].value, 1, "bad-size", "a number of rows"),
+        )
+        if arg is None or rows is None or not self.weighted("embed", e.span, c):
+            return None
+        node = c.builder.nodes[arg]
+        if node.dtype != "int":
+            self.report.error(
+                "type-mismatch", f"'embed' takes integers, this is {node.dtype}", positional[0].value.span
+            )
+            return None
+        if c.target is None:
+            self.report.error("no-arrow", "the axes that this table brings are unknown here", e.span,
+                              hints=("declare the definition's axes: y[t, d] = embed(x, n)",))  # fmt: skip
+            return None
+        made = tuple(a for a in c.target if not self.axes[a].is_sequence and a not in node.axes)
+        name = self.own_axis(f"{c.weight}_rows", rows, c)
+        table = self.param("table", (name, *made), None, e.span, c, named.get("init"))
+        if table is None:
+            return None
+        return c.builder.add(N.Gather, "embed", e.span, arg=table, index=arg, axis=name,
+                             axes=gather_axes((name, *made), node.axes, name))  # fmt: skip
 
     def conv(self, e: T.CallExpr, axes: list[tuple[str, T.Name]], positional: list[T.Arg],
              named: dict[str, T.Arg], c: Context) -> str | None:  # fmt: skip
@@ -155,8 +201,10 @@ class Weights(Sizes):
             return None
         channels = tuple(a for a in node.axes if a != axis)
         name = self.own_axis(f"{c.weight}_taps", width, c)
-        weight = self.param("weight", (*channels, name), width, e.span, c)
+        weight = self.param("weight", (*channels, name), width, e.span, c, named.get("init"))
         bias = self.param("bias", channels, width, e.span, c) if biased else None
+        if weight is None:
+            return None
         return c.builder.add(N.Conv, "conv", e.span, arg=arg, weight=weight, bias=bias, axis=axis, width=width,
                              axes=node.axes)  # fmt: skip
 

@@ -65,8 +65,10 @@ class Graph(Frozen):
         return seen
 
     def pruned(self) -> Graph:
-        """Without the nodes that no output needs; inputs and parameters stay, since they are the interface."""
-        keep = self.reachable(id_ for _, id_ in self.outputs)
+        """Without the nodes that no output needs; inputs and parameters stay, since they are the interface, and chunks,
+        since nodes name their axis."""
+        roots = [id_ for _, id_ in self.outputs] + [n.id for n in self.nodes if isinstance(n, N.Segment)]
+        keep = self.reachable(roots)
         nodes = tuple(n for n in self.nodes if n.id in keep or isinstance(n, N.Input | N.Param))
         return self if len(nodes) == len(self.nodes) else self.evolve(nodes=nodes)
 
@@ -153,14 +155,15 @@ class Builder:
         """The id of the node with these fields, if it stands."""
         return self._known.get(repr(cls(id="", span=None, **fields)))
 
-    def const(self, value: int | float | Size, span: Span | None = None) -> str:
+    def const(self, value: int | float | Size, span: Span | None = None, whole: bool = False) -> str:
+        """A number; `whole` says that one over parameters is an integer."""
         size = value if isinstance(value, Size) else Size.of(value)
         if size.op != "const" and not size.params():
             size = Size.of(size.evaluate({}))
         if size.op == "const":
             kind = "int" if isinstance(size.value, int) and not isinstance(size.value, bool) else "float"
         else:
-            kind = "float"
+            kind = "int" if whole else "float"
         return self.add(N.Const, span=span, size=size, dtype=kind)
 
     def union(self, ids: Iterable[str]) -> tuple[str, ...]:
@@ -191,7 +194,7 @@ class Builder:
 def moved_axes(node: N.AnyNode, arg: tuple[str, ...]) -> tuple[str, ...] | None:
     """The axes of a node that has one tensor operand over `arg`; None for other kinds."""
     if isinstance(node, N.Reduce):
-        return tuple(a for a in arg if a not in node.over)
+        return ((node.chunk,) if node.chunk else ()) + tuple(a for a in arg if a not in node.over)
     if isinstance(node, N.Normalize | N.Shift | N.Conv):
         return arg
     if isinstance(node, N.Expand | N.Rename):
@@ -201,6 +204,14 @@ def moved_axes(node: N.AnyNode, arg: tuple[str, ...]) -> tuple[str, ...] | None:
     if isinstance(node, N.Linear):
         return (*(a for a in arg if a not in node.over), *node.to)
     return None
+
+
+def gather_axes(arg: tuple[str, ...], index: tuple[str, ...], axis: str) -> tuple[str, ...]:
+    """The axes of `arg[axis = index]`: the operand's, with those that only the index has in the place of the axis."""
+    rest = tuple(a for a in arg if a != axis)
+    new = tuple(a for a in index if a not in rest)
+    at = arg.index(axis) if axis in arg else len(arg)
+    return (*rest[:at], *new, *rest[at:])
 
 
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
@@ -215,7 +226,7 @@ def map_dtype(fn: str, dtypes: list[str]) -> str:
         return "int"
     if fn == "where":
         dtypes = dtypes[1:]
-    if fn in ("re", "im", "abs") and "complex" in dtypes:
+    if fn in ("re", "im") or fn == "abs" and "complex" in dtypes:
         return "float"
     if fn == "complex" or "complex" in dtypes:
         return "complex"

@@ -45,15 +45,18 @@ class Input(Node):
 
 
 class Param(Node):
-    """A learned tensor, shared by all sequences, under its dotted name; `init` computes its first value.
+    """A learned tensor, shared by all sequences, under its dotted name; `init` computes its first value; `low` and
+    `high` are its declared range.
 
     `library` names the parameter's role in a `linear`, `conv` or `embed` call, whose usual initial values it takes."""
 
     kind: Literal["param"] = "param"
     name: str
     init: Graph | None = None
-    library: Literal["", "weight", "bias"] = ""
+    library: Literal["", "weight", "bias", "table"] = ""
     fan_in: Size | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 class Const(Node):
@@ -86,6 +89,32 @@ class Coord(Node):
     axis: str
 
 
+class Segment(Node):
+    """The chunks of a sequence: spans of `fixed` n positions, `parts` equal up to rounding, or `runs`, where a chunk
+    begins wherever `begins` holds. It has no value of its own: nodes name the chunks' axis, whose parent is cut."""
+
+    kind: Literal["segment"] = "segment"
+    chunk: str
+    rule: Literal["fixed", "parts", "runs"]
+    n: Size | None = None
+    begins: str | None = None
+
+    def operands(self) -> tuple[str, ...]:
+        return () if self.begins is None else (self.begins,)
+
+    def renamed(self, names: dict[str, str]) -> Node:
+        return self if self.begins is None else self.evolve(begins=names.get(self.begins, self.begins))
+
+
+class Bounds(Node):
+    """Where chunks lie: the chunk `of` each position, or over the chunks their `index`, `first` and `last` position and
+    `length`. Integers."""
+
+    kind: Literal["bounds"] = "bounds"
+    fn: Literal["of", "index", "first", "last", "length"]
+    chunk: str
+
+
 class Map(Node):
     """One elementwise function; operands align by axis name."""
 
@@ -111,19 +140,23 @@ class _Unary(Node):
 
 
 class Reduce(_Unary):
-    """A reducer over named axes: sum, mean, max, min, any."""
+    """A reducer over named axes: sum, mean, max, min, any; of nothing it is 0.
+
+    With `chunk`, which divides one of them into chunks or groups, it works chunk by chunk; that axis stands first."""
 
     kind: Literal["reduce"] = "reduce"
     fn: Literal["sum", "mean", "max", "min", "any"]
     over: tuple[str, ...]
+    chunk: str | None = None
 
 
 class Normalize(_Unary):
-    """A normaliser along named axes; it keeps them."""
+    """A normaliser along named axes, within each chunk of `chunk` if there is one; it keeps them."""
 
     kind: Literal["normalize"] = "normalize"
     fn: Literal["softmax", "rms_norm", "layer_norm", "l2_norm"]
     over: tuple[str, ...]
+    chunk: str | None = None
 
 
 class Expand(_Unary):
@@ -159,7 +192,7 @@ class Slice(_Unary):
 
 
 class Gather(Node):
-    """`x[a = index]` at integer positions; outside the axis, 0. The index's axes replace a."""
+    """`x[a = index]` at integer positions; outside the axis, 0. The index's axes replace a, and meet x's by name."""
 
     kind: Literal["gather"] = "gather"
     arg: str
@@ -237,12 +270,16 @@ class Carried(Frozen):
 class Recur(Node):
     """A recurrence over an ordered axis; `Out` nodes read its results.
 
-    `body.outputs` are the values of one step; a result becomes a tensor over the axis. At the semantic level this
-    is any recurrence; at the normal level, one that has no chunk form: it runs a token at a time, for `reason`.
+    `body.outputs` are the values of one step; a result becomes a tensor over the axis. With `within`, states start
+    anew in each of those chunks. Over chunks, a step is a chunk: the sequence that is cut stands for its positions, a
+    result over it is put together from the chunks', and a chunk that may go on applies the states but does not update
+    them. At the semantic level this is any recurrence; at the normal level, one that has no chunk form: it runs step by
+    step, for `reason`.
     """
 
     kind: Literal["recur"] = "recur"
     axis: str
+    within: str | None = None
     carried: tuple[Carried, ...]
     body: Graph
     reason: str = ""
@@ -288,11 +325,12 @@ class Scan(Node):
     Results, read by `Out`: each query at the state before the update; then `trajectory` (the same state, whole) if
     i and j are empty; last the final state. `algebra` max-plus: S_t = max(A_t + S_{t-1}, W_t), i and j empty.
     `reverse` runs from the last token to the first. `declared` is the spec's order of the state's axes.
-    `stop`: no gradient passes from one step to the next.
+    `stop`: no gradient passes from one step to the next. `within`: it starts anew in each of those chunks.
     """
 
     kind: Literal["scan"] = "scan"
     axis: str
+    within: str | None = None
     name: str
     declared: tuple[str, ...]
     batch: tuple[str, ...]
@@ -347,6 +385,8 @@ AnyNode = Annotated[
     | Random
     | Length
     | Coord
+    | Segment
+    | Bounds
     | Map
     | Reduce
     | Normalize

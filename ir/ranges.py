@@ -97,16 +97,16 @@ class Ranges:
     def _find(self, node: N.AnyNode) -> Interval:
         if isinstance(node, N.Const):
             return self.of_size(node.size)
-        if isinstance(node, N.Input):
+        if isinstance(node, N.Input | N.Param):
             low = -math.inf if node.low is None else node.low
             return (low, math.inf if node.high is None else node.high)
         if isinstance(node, N.Capture) and self.outer is not None and node.outer in self.outer.nodes:
             return self.outer[node.outer]
-        if isinstance(node, N.Coord | N.Length):
+        if isinstance(node, N.Coord | N.Length | N.Bounds):
             return (0.0, math.inf)
         if isinstance(node, N.Expand | N.Rename):
             return self._known[node.arg]
-        if isinstance(node, N.Shift | N.Slice):
+        if isinstance(node, N.Shift | N.Slice | N.Gather):
             low, high = self._known[node.arg]
             return (min(low, 0.0), max(high, 0.0))
         if isinstance(node, N.Reduce):
@@ -118,14 +118,16 @@ class Ranges:
         return REALS
 
     def _reduce(self, node: N.Reduce) -> Interval:
+        if node.dtype == "complex":
+            return REALS
         low, high = self._known[node.arg]
         if node.fn == "sum":
             return (0.0 if low >= 0 else -math.inf, 0.0 if high <= 0 else math.inf)
-        if node.fn == "mean":
-            return (min(low, 0.0), max(high, 0.0))
-        return (low, high)
+        return (min(low, 0.0), max(high, 0.0))  # of nothing it is 0
 
     def _map(self, node: N.Map) -> Interval:
+        if node.dtype == "complex" or any(self.nodes[i].dtype == "complex" for i in node.args):
+            return (0.0, math.inf) if node.fn == "abs" else REALS
         fn, a = node.fn, [self._known[i] for i in node.args]
         if fn in ("stop", "as"):
             return a[0]
@@ -148,6 +150,10 @@ class Ranges:
             return _products(a[0], a[1])
         if fn == "/" and (a[1][0] > 0 or a[1][1] < 0):
             return _products(a[0], (1 / a[1][1] if a[1][1] else math.inf, 1 / a[1][0] if a[1][0] else math.inf))
+        if fn in ("sin", "cos"):
+            return (-1.0, 1.0)
+        if fn == "%" and a[1][0] > 0:
+            return (0.0, a[1][1])
         if fn == "abs":
             low, high = a[0]
             return (0.0 if low <= 0 <= high else min(abs(low), abs(high)), max(abs(low), abs(high)))

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from chunkc.ir import nodes as N
-from chunkc.ir.graph import Graph, Level, moved_axes
+from chunkc.ir.graph import Graph, Level, gather_axes, moved_axes
 
 AXIS_FIELDS = ("axis", "over", "to", "source", "target", "batch", "i", "j", "declared")
+CHUNK_FIELDS = ("chunk", "within")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ class Region:
         if isinstance(node, N.Scan):
             count = len(node.queries) + (1 if node.i or node.j else 2)
             return [node.result_axes(k) for k in range(count)]
-        steps = [(node.axis, *node.body[id_].axes) for _, id_ in node.body.outputs]
+        axis = self.graph.axis[node.axis]
+        inner = axis.parent if axis.kind == "chunk" else None
+        made = [node.body[id_].axes for _, id_ in node.body.outputs]
+        steps = [axes if inner in axes else (node.axis, *axes) for axes in made]
         return steps + [c.axes for c in node.carried]
 
 
@@ -163,6 +167,7 @@ def axes_known(r: Region) -> Found:
         for field in AXIS_FIELDS:
             value = getattr(node, field, ())
             groups.append((value,) if isinstance(value, str) else value)
+        groups += [(x,) for field in CHUNK_FIELDS if (x := getattr(node, field, None)) is not None]
         if isinstance(node, N.Recur):
             groups += [c.axes for c in node.carried]
         for group in groups:
@@ -260,8 +265,13 @@ def works_along(r: Region) -> Found:
 def sequences(r: Region) -> Found:
     """Shifts, convolutions, lengths and recurrences go along sequences; slices along fixed sizes."""
     for node in r.graph.nodes:
-        if isinstance(node, N.Shift | N.Conv | N.Length | N.Recur | N.Scan) and not r.graph.axis[node.axis].is_sequence:
+        if isinstance(node, N.Shift | N.Conv | N.Length | N.Scan) and not r.graph.axis[node.axis].is_sequence:
             yield node.id, f"axis '{node.axis}' is no sequence"
+        if isinstance(node, N.Segment | N.Bounds) and r.graph.axis[node.chunk].kind != "chunk":
+            yield node.id, f"axis '{node.chunk}' is cut from no sequence"
+        chunk = getattr(node, "within", getattr(node, "chunk", None))
+        if chunk is not None and r.graph.axis[chunk].parent is None:
+            yield node.id, f"axis '{chunk}' divides no other"
         if isinstance(node, N.Slice) and r.graph.axis[node.axis].is_sequence:
             yield node.id, f"axis '{node.axis}' is a sequence"
         if isinstance(node, N.Rename) and r.graph.axis[node.source].space != r.graph.axis[node.target].space:
@@ -306,14 +316,17 @@ def result_axes(r: Region) -> Found:
 
 def _result(r: Region, node: N.AnyNode) -> tuple[str, ...] | None:
     """The axes that a node must have; None where any do, or another rule says."""
-    if isinstance(node, N.Const | N.Length | N.Recur | N.Scan):
+    if isinstance(node, N.Const | N.Length | N.Recur | N.Scan | N.Segment):
         return ()
+    if isinstance(node, N.Bounds):
+        parent = r.graph.axis[node.chunk].parent
+        return (node.chunk,) if node.fn != "of" else (parent or "",)
     if isinstance(node, N.Coord):
         return _minus((node.axis,), (r.bound or "",))
     if isinstance(node, N.Reduce | N.Normalize | N.Shift | N.Conv | N.Expand | N.Rename | N.Slice | N.Linear):
         return moved_axes(node, r.axes(node.arg))
     if isinstance(node, N.Gather):
-        return (*r.axes(node.index), *_minus(r.axes(node.arg), (node.axis,)))
+        return gather_axes(r.axes(node.arg), r.axes(node.index), node.axis)
     if isinstance(node, N.Out):
         source = r.graph[node.arg]
         assert isinstance(source, N.Recur | N.Scan)

@@ -75,7 +75,8 @@ def draw(unit: Unit, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def state_shapes(unit: Unit, case: Case) -> dict[str, list[int]]:
     sizes = Interpreter(unit.graph, Run(settings=case.settings))
-    return {c.name: [sizes.size(a) for a in c.axes] for n in unit.graph.of_kind(N.Recur) for c in n.carried}
+    recurrences = [n for n in unit.graph.of_kind(N.Recur) if unit.graph.axis[n.axis].is_sequence]
+    return {c.name: [sizes.size(a) for a in c.axes] for n in recurrences for c in n.carried}
 
 
 def reference(unit: Unit, case: Case, inputs: dict[str, Tensor], weights: dict[str, Tensor],
@@ -90,7 +91,7 @@ def reference(unit: Unit, case: Case, inputs: dict[str, Tensor], weights: dict[s
                   {name: s[k] for name, s in initial.items()})  # fmt: skip
         out, fin = interpret(unit, run)
         for name, x in out.items():
-            timed = any(unit.graph.axis[a].kind == "time" for a in unit.graph[dict(unit.graph.outputs)[name]].axes)
+            timed = any(unit.graph.axis[a].is_sequence for a in unit.graph[dict(unit.graph.outputs)[name]].axes)
             outputs.setdefault(name, []).append(x if timed else x[None])
         for name, x in fin.items():
             finals.setdefault(name, []).append(x[None])
@@ -117,7 +118,7 @@ def call(module: ModuleType, unit: Unit, case: Case, inputs: dict[str, Tensor], 
                                             **({"output_final_state": True} if fields else {}))  # fmt: skip
         result = result if isinstance(result, tuple) else (result,)
         state = result[-1] if fields else None
-        finals = dict(zip(fields, [state] if len(fields) == 1 else state)) if fields else {}  # type: ignore[arg-type]
+        finals = dict(zip(fields, state if isinstance(state, tuple) else [state])) if fields else {}  # type: ignore[list-item]
     else:
         own = {k: v for k, v in case.settings.items() if any(p.name == k for p in unit.params)}
         layer = getattr(module, unit.name)(**own, device=case.device, dtype=case.dtype)
@@ -129,7 +130,7 @@ def call(module: ModuleType, unit: Unit, case: Case, inputs: dict[str, Tensor], 
         finals = {n: getattr(state, n) for n in state_shapes(unit, case)}
     outputs = {}
     for (name, id_), x in zip(unit.graph.outputs, result):
-        timed = any(unit.graph.axis[a].kind == "time" for a in unit.graph[id_].axes)
+        timed = any(unit.graph.axis[a].is_sequence for a in unit.graph[id_].axes)
         outputs[name] = x.reshape(-1, *x.shape[2:]) if timed else x
     return outputs, finals
 

@@ -1,4 +1,4 @@
-"""What an emitted package needs beside its own text: sequences in tiles, elementwise scans, norms, checks.
+"""What an emitted package needs beside its own text: sequences in tiles, elementwise scans, norms.
 
 Copied into each package as `_runtime.py`; it imports torch alone. Shapes: B batch rows, T tokens a row, N sequences
 (N = B in a dense batch; a packed batch has B = 1), n tiles of C = 64 tokens, H heads (all batch axes together).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ class Sequences:
 
     def __init__(self, rows: int, tokens: int, cu_seqlens: Tensor | None, like: Tensor) -> None:
         self.rows, self.tokens, self.device, self.given = rows, tokens, like.device, like.dtype
+        self.like = like.new_empty(0)
         device = like.device
         self.packed = cu_seqlens is not None
         self.count = rows if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -233,6 +234,10 @@ class Sequences:
         result: tuple[Tensor, Tensor] = self._once("rows", make)
         return result
 
+    def longest(self) -> int:
+        """The tokens of the longest sequence."""
+        return self.tokens if not self.packed else int(self.offsets.diff().max()) if self.count else 0
+
     def alive(self, step: int) -> Tensor:
         """Which sequences have a token at this position [N]."""
         return self.offsets.diff() > step
@@ -240,10 +245,51 @@ class Sequences:
     def reduce(self, x: Tensor, fn: str) -> Tensor:
         """A reducer over the whole of each sequence [N, ...]; of nothing it is 0."""
         flat = x.reshape(self.rows * self.tokens, *x.shape[2:])
+        if fn == "any":
+            return self.reduce(x.to(torch.int8), "max").bool()
+        if fn in ("sum", "mean"):
+            total = flat.new_zeros((self.count, *flat.shape[1:])).index_add(0, self.owner, flat)
+            length = self.offsets.diff().clamp(min=1).view(-1, *[1] * (flat.dim() - 1))
+            return total if fn == "sum" else total / length
         index = self.owner.view(-1, *[1] * (flat.dim() - 1)).expand_as(flat)
         zero = flat.new_zeros((self.count, *flat.shape[1:]))
-        kind = {"sum": "sum", "mean": "mean", "max": "amax", "min": "amin"}[fn]
-        return zero.scatter_reduce(0, index, flat, kind, include_self=False)
+        return zero.scatter_reduce(0, index, flat, "amax" if fn == "max" else "amin", include_self=False)
+
+    def normalize(self, x: Tensor, fn: str, dims: tuple[int, ...]) -> Tensor:
+        """A normaliser along each sequence, and along `dims` of each token."""
+
+        def over(y: Tensor, kind: str) -> Tensor:
+            if dims and kind == "max":
+                y = y.amax(dims, keepdim=True)
+            elif dims:
+                y = y.mean(dims, keepdim=True) if kind == "mean" else y.sum(dims, keepdim=True)
+            return self.spread(self.reduce(y, kind))
+
+        if fn == "softmax":
+            most = over(x, "max").detach()
+            e = torch.exp(x - most.masked_fill(most == -math.inf, 0.0))
+            total = over(e, "sum")
+            return e / total.masked_fill(total == 0, 1.0)
+        if fn == "l2_norm":
+            return x * torch.rsqrt(over(x.square(), "sum") + 1e-6)
+        if fn == "layer_norm":
+            x = x - over(x, "mean")
+        return x * torch.rsqrt(over(x.square(), "mean") + 1e-5)
+
+    def at(self, x: Tensor, index: Tensor, owner: Tensor, start: Tensor | None, shared: int, lead: int) -> Tensor:
+        """x at the positions of `index`, whose rows belong to the sequences `owner`; 0 outside.
+
+        Behind their leading dimensions x has `shared` ones of index's, and then its own; index has `lead` leading ones,
+        the shared ones, and then its own. The result: index's leading, shared, index's own, x's own."""
+        flat = x.reshape(self.rows * self.tokens, *x.shape[2:])
+        rows = index.reshape(owner.shape[0], *index.shape[lead:])
+        wide = (-1, *[1] * (rows.dim() - 1))
+        place = rows if start is None else rows - start[owner].view(wide)
+        inside = (place >= 0) & (place < self.offsets.diff()[owner].view(wide))
+        token = torch.where(inside, place + self.offsets[owner].view(wide), -1)
+        token, last = token.movedim(0, shared), flat.movedim(0, -1)
+        out = take(last, token, shared).movedim(shared, 0)
+        return out.reshape(*index.shape[:lead], *out.shape[1:])
 
 
 # -- sums inside a tile, [..., C, D] -----------------------------------------------------------------------------------
@@ -330,8 +376,8 @@ class VectorScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
         a, out = ctx.saved_tensors
-        d_b, d_initial = ctx.scan(ctx.seq, a, d_out, d_last, True, False)
-        return None, d_b * out, d_b, d_initial, None
+        d_b, d_initial = ctx.scan(ctx.seq, a.conj().resolve_conj(), d_out, d_last, True, False)
+        return None, d_b * out.conj(), d_b, d_initial, None
 
 
 class MaxPlusScan(torch.autograd.Function):
@@ -400,6 +446,26 @@ def row_of(x: Tensor, dim: int, index: int) -> Tensor:
     return x.select(dim, index) if 0 <= index < x.shape[dim] else torch.zeros_like(x.select(dim, 0))
 
 
+def take(x: Tensor, index: Tensor, shared: int) -> Tensor:
+    """x [*shared, *own, n] at integers [*shared, *new]: [*shared, *new, *own], 0 where they are outside 0 to n - 1.
+
+    Shared dimensions of size 1 broadcast."""
+    n, own, new = x.shape[-1], x.shape[shared:-1], index.shape[shared:]
+    both = [max(a, b) if min(a, b) else 0 for a, b in zip(x.shape[:shared], index.shape[:shared])]
+    inside = (index >= 0) & (index < n)
+    rows = index.clamp(0, max(n - 1, 0)).flatten(shared)
+    if n == 0:
+        return x.new_zeros((*both, *new, *own))
+    if all(size == 1 for size in index.shape[:shared]):
+        out = x.index_select(-1, rows.reshape(-1))
+    else:
+        wide = rows.view(*rows.shape[:shared], *[1] * len(own), rows.shape[-1])
+        out = x.expand(*both, *own, n).gather(-1, wide.expand(*both, *own, rows.shape[-1]))
+    out = out.movedim(-1, shared).reshape(*out.shape[:shared], *new, *own)
+    beyond = ~inside.view(*inside.shape, *[1] * len(own))
+    return out.masked_fill(beyond, 0)
+
+
 def rms_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dims, keepdim=True) + 1e-5)
 
@@ -414,8 +480,44 @@ def layer_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def softmax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    e = torch.exp(x - x.amax(dims, keepdim=True).detach())
-    return e / e.sum(dims, keepdim=True)
+    most = x.amax(dims, keepdim=True).detach()
+    e = torch.exp(x - most.masked_fill(most == -math.inf, 0.0))  # over nothing but -inf it is 0
+    total = e.sum(dims, keepdim=True)
+    return e / total.masked_fill(total == 0, 1.0)
+
+
+def masked(x: Tensor, valid: Tensor) -> Tensor:
+    """x [N, width, ...], 0 at the positions that are not there."""
+    return x.masked_fill(~valid.view(*valid.shape, *[1] * (x.dim() - 2)), 0)
+
+
+def over_valid(x: Tensor, fn: str, valid: Tensor) -> Tensor:
+    """A reducer over the positions of a chunk that are there: x [N, width, ...], valid [N, width]. A mean gives the
+    sum: what the chunk held before this call is added to it first."""
+    there = valid.view(*valid.shape, *[1] * (x.dim() - 2))
+    if fn == "any":
+        return (x & there).any(1)
+    if fn in ("sum", "mean"):
+        return masked(x, valid).sum(1)
+    idle = -math.inf if fn == "max" else math.inf
+    best = x.masked_fill(~there, idle) if x.dtype.is_floating_point else x.masked_fill(~there, 0)
+    best = best.amax(1) if fn == "max" else best.amin(1)
+    return torch.where(there.any(1), best, torch.zeros_like(best))
+
+
+def along_valid(x: Tensor, fn: str, dims: tuple[int, ...], valid: Tensor) -> Tensor:
+    """A normaliser along the positions of a chunk that are there, and along `dims`: x [N, width, ...]."""
+    there = valid.view(*valid.shape, *[1] * (x.dim() - 2))
+    along = (1, *(x.dim() + d for d in dims))
+    if fn == "softmax":
+        return softmax(x.masked_fill(~there, -math.inf), along).masked_fill(~there, 0)
+    x = x.masked_fill(~there, 0)
+    count = there.expand_as(x).sum(along, keepdim=True).clamp(min=1)
+    if fn == "l2_norm":
+        return x * torch.rsqrt(x.square().sum(along, keepdim=True) + 1e-6)
+    if fn == "layer_norm":
+        x = (x - x.sum(along, keepdim=True) / count).masked_fill(~there, 0)
+    return x * torch.rsqrt(x.square().sum(along, keepdim=True) / count + 1e-5)
 
 
 def inv_softplus(x: Tensor) -> Tensor:
@@ -427,6 +529,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def complex_type(real: torch.dtype) -> torch.dtype:
+    """The complex type whose parts have this type."""
+    return torch.complex128 if real == torch.float64 else torch.complex64
+
+
 def interpreted() -> bool:
     """Whether Triton's interpreter is switched on."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
@@ -435,86 +542,3 @@ def interpreted() -> bool:
 def use_kernels(x: Tensor) -> bool:
     """Whether tensors like x take the Triton path: on a GPU, or in Triton's interpreter; float64 never does."""
     return (x.is_cuda or x.device.type == "cpu" and interpreted()) and x.dtype != torch.float64
-
-
-# -- checks ------------------------------------------------------------------------------------------------------------
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def length(x: Tensor, dim: int) -> int:
-    """The length of a dimension, from which an op's open size follows; 1 where there is none, for a check to report."""
-    return x.shape[dim] if isinstance(x, Tensor) and x.dim() > dim else 1
-
-
-def check_tensors(who: str, tensors: Mapping[str, tuple[Tensor, tuple[int | None, ...], str]]) -> None:
-    """Shapes, dtypes and devices, without reading values; the first tensor sets B, T, the dtype and the device.
-
-    A tensor comes with its wanted shape (None: any length, the same for all) and its kind: float, int or bool."""
-    lead: dict[int, tuple[str, int]] = {}
-    first: tuple[str, Tensor] | None = None
-    device: torch.device | None = None
-    for name, (x, shape, kind) in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{who}: '{name}' is a {type(x).__name__}, not a tensor")
-        wanted = ", ".join(str(lead[k][1]) if n is None and k in lead else ("BT"[k] if n is None else str(n))
-                           for k, n in enumerate(shape))  # fmt: skip
-        if x.dim() != len(shape):
-            raise ValueError(f"{who}: '{name}' has shape {tuple(x.shape)}, wanted [{wanted}]")
-        for k, n in enumerate(shape):
-            have = x.shape[k]
-            if n is None and k not in lead:
-                lead[k] = (name, have)
-            elif have != (lead[k][1] if n is None else n):
-                raise ValueError(f"{who}: '{name}' has shape {tuple(x.shape)}, wanted [{wanted}]")
-        if kind == "float":
-            if x.dtype not in FLOATS:
-                raise TypeError(f"{who}: '{name}' is {x.dtype}, wanted a floating-point tensor")
-            if first is not None and x.dtype != first[1].dtype and torch.float64 in (x.dtype, first[1].dtype):
-                raise TypeError(f"{who}: '{name}' is {x.dtype}, but '{first[0]}' is {first[1].dtype}")
-            first = first or (name, x)
-        elif kind == "int" and (x.dtype.is_floating_point or x.dtype == torch.bool):
-            raise TypeError(f"{who}: '{name}' is {x.dtype}, wanted integers")
-        elif kind == "bool" and x.dtype != torch.bool:
-            raise TypeError(f"{who}: '{name}' is {x.dtype}, wanted truth values")
-        if device is not None and x.device != device:
-            raise ValueError(f"{who}: '{name}' is on {x.device}, the others are on {device}")
-        device = x.device
-
-
-def check_offsets(who: str, cu_seqlens: Tensor | None, x: Tensor) -> None:
-    """A packed batch is one row; `cu_seqlens` are N + 1 integers. Their values are not read here."""
-    if cu_seqlens is None:
-        return
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(f"{who}: cu_seqlens wants a tensor of one dimension, [0, ..., T]")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{who}: cu_seqlens is {cu_seqlens.dtype}, wanted int32 or int64")
-    if x.shape[0] != 1:
-        raise ValueError(f"{who}: a packed batch has one row, not {x.shape[0]}")
-
-
-def check_state(who: str, name: str, state: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """An initial state: [N, ...] on the inputs' device, floating point."""
-    if not isinstance(state, Tensor) or tuple(state.shape) != shape:
-        have = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
-        raise ValueError(f"{who}: initial state '{name}' is {have}, wanted {list(shape)}")
-    if state.device != x.device:
-        raise ValueError(f"{who}: initial state '{name}' is on {state.device}, the inputs are on {x.device}")
-    if state.dtype not in FLOATS:
-        raise TypeError(f"{who}: initial state '{name}' is {state.dtype}, wanted a floating-point tensor")
-
-
-def check_values(who: str, name: str, x: Tensor, low: float | None, high: float | None) -> None:
-    """With check=True: no NaN or infinity, and the declared range (reads the values)."""
-    if x.dtype.is_floating_point and not bool(torch.isfinite(x).all()):
-        raise ValueError(f"{who}: '{name}' has values that are not finite")
-    if low is not None and bool((x < low).any()) or high is not None and bool((x > high).any()):
-        raise ValueError(f"{who}: '{name}' leaves its declared range [{low}, {high}]")
-
-
-def check_packing(who: str, cu_seqlens: Tensor, tokens: int) -> None:
-    """With check=True: offsets start at 0, do not fall and end at T (reads the values)."""
-    values = cu_seqlens.tolist()
-    if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in zip(values, values[1:])):
-        raise ValueError(f"{who}: cu_seqlens must rise from 0 to {tokens}, not {values[:8]}")

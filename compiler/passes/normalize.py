@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from chunkc.ir import nodes as N
 from chunkc.ir.diagnostics import Span
-from chunkc.ir.graph import Builder, Graph, moved_axes
+from chunkc.ir.graph import Builder, Graph, gather_axes, moved_axes
 from chunkc.ir.ranges import Ranges
-from chunkc.passes.algebra import Algebra
+from chunkc.passes.algebra import Algebra, Monomial
 from chunkc.passes.place import Placement
 
 
@@ -28,7 +28,8 @@ class Normalize:
         out = Builder("normal", graph.axes)
         names: dict[str, str] = {}
         for node in graph.nodes:
-            if isinstance(node, N.Recur):
+            reason = _steps(graph, node) if isinstance(node, N.Recur) else ""
+            if isinstance(node, N.Recur) and not reason:
                 used = [n for n in graph.nodes if isinstance(n, N.Out) and n.arg == node.id]
                 moved = node.renamed(names)
                 assert isinstance(moved, N.Recur)
@@ -36,11 +37,21 @@ class Normalize:
                     for user in used:
                         if user.index == index:
                             names[user.id] = _keep_name(out, _in_order(out, id_, user), user.id)
-            elif not isinstance(node, N.Out):
+            elif not (isinstance(node, N.Out) and node.id in names):
                 new = node.renamed(names)
+                if isinstance(new, N.Recur):
+                    new = new.evolve(body=new.body.evolve(level="normal"), reason=reason)
                 fields = {f: getattr(new, f) for f in type(new).model_fields if f not in ("id", "span", "kind")}
                 names[node.id] = out.add(type(new), node.id, node.span, **fields)
         return out.graph([(name, names[id_]) for name, id_ in graph.outputs]).pruned()
+
+
+def _steps(graph: Graph, node: N.Recur) -> str:
+    """Why a recurrence over no time axis is a loop; empty over one."""
+    axis = graph.axis[node.axis]
+    if axis.kind == "chunk":
+        return f"a step is a whole chunk of {axis.parent}"
+    return "" if axis.kind == "time" else f"{axis.name} has a fixed number of steps"
 
 
 def _in_order(builder: Builder, id_: str, like: N.Out) -> str:
@@ -206,19 +217,25 @@ class _Recurrence:
                 whole = self.lift.map("*", coefficient, self.read(state, (), None, node.span), span=node.span)
                 terms.append(self.contract(whole, node))
                 continue
-            for key, outside in self.algebra.split(self.algebra.expand(coefficient), inside).items():
-                read = self.read(state, over, self.algebra.product(key), node.span)
-                terms.append(self.lift.map("*", self.algebra.build(outside), read, span=node.span)
-                             if outside != {(): 1.0} else read)  # fmt: skip
+            for arg, outside in self.factored(coefficient, inside):
+                read = self.read(state, over, arg, node.span)
+                terms.append(read if outside is None else self.lift.map("*", outside, read, span=node.span))
         if a.rest is not None:
-            for key, outside in self.algebra.split(self.algebra.expand(a.rest), inside).items():
-                part = self.contract(self.algebra.product(key), node)
-                terms.append(self.lift.map("*", part, self.algebra.build(outside), span=node.span)
-                             if outside != {(): 1.0} else part)  # fmt: skip
+            for arg, outside in self.factored(a.rest, inside):
+                part = self.contract(arg, node)
+                terms.append(part if outside is None else self.lift.map("*", part, outside, span=node.span))
         out = terms[0]
         for t in terms[1:]:
             out = self.lift.map("+", out, t, span=node.span)
         return Form(rest=out)
+
+    def factored(self, id_: str, inside: set[str]) -> list[tuple[str, str | None]]:
+        """A value as a sum of products: what has axes of `inside`, times what has none (None: 1)."""
+        by_outside: dict[str, list[Monomial]] = {}
+        for key, outside in self.algebra.split(self.algebra.expand(id_), inside).items():
+            name = "" if outside == {(): 1.0} else self.algebra.build(outside)
+            by_outside.setdefault(name, []).append(key)
+        return [(self.algebra.build(dict.fromkeys(keys, 1.0)), name or None) for name, keys in by_outside.items()]
 
     def contract(self, arg: str, node: N.Reduce) -> str:
         """sum[over](arg); axes that arg lacks are brought by repetition first."""
@@ -272,7 +289,10 @@ class _Recurrence:
         if isinstance(moved, N.Map) and moved.fn != "as":
             return self.lift.map(moved.fn, *moved.args, span=node.span, hint=node.id)
         axes = ((self.node.axis,) if timed else ()) + tuple(a for a in node.axes if a != self.node.axis)
-        if args and (moved_axes_ := moved_axes(node, self.lift.nodes[args[0]].axes)) is not None:
+        if isinstance(moved, N.Gather):
+            arg, index = (self.lift.nodes[a].axes for a in args)
+            axes = gather_axes(arg, index, moved.axis)
+        elif args and (moved_axes_ := moved_axes(node, self.lift.nodes[args[0]].axes)) is not None:
             axes = moved_axes_
         fields = {f: getattr(moved, f) for f in type(moved).model_fields if f not in ("id", "span", "kind", "axes")}
         return self.lift.add(type(moved), node.id, node.span, axes=axes, **fields)

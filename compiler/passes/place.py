@@ -412,6 +412,8 @@ class Placement:
         scan = N.Scan(
             id="",
             axis=self.node.axis,
+            within=self.node.within,
+            dtype=c.dtype,
             name=state,
             declared=self.carried[state].axes,
             batch=plan.batch,
@@ -439,7 +441,7 @@ class Placement:
 
     def result(self, id_: str, index: int, scan: N.Scan, hint: str) -> str:
         axes = scan.result_axes(index)
-        return self.out.add(N.Out, hint, scan.span, arg=id_, index=index, axes=axes)
+        return self.out.add(N.Out, hint, scan.span, arg=id_, index=index, axes=axes, dtype=scan.dtype)
 
     def over_trajectory(self, read: str, before: str) -> str:
         """A read computed from the state's whole trajectory."""
@@ -493,8 +495,9 @@ class Placement:
             carried.append(self.carried[s].evolve(result=self.next_value(s, body, state_ids, convert)))
         names = [(r, results[r]) for r in self.reads if r in results]
         names += [(f"{s}_before", state_ids[s]) for s in plan.states if any(self.reads[r].state == s for r in late)]
-        node = N.Recur(id="", axis=self.node.axis, carried=tuple(carried), body=body.graph(names).pruned_keeping(
-            [c.result for c in carried]), reason=plan.reason, span=self.node.span)  # fmt: skip
+        region = body.graph(names).pruned_keeping([c.result for c in carried])
+        node = N.Recur(id="", axis=self.node.axis, within=self.node.within, carried=tuple(carried), body=region,
+                       reason=plan.reason, span=self.node.span)  # fmt: skip
         id_ = _copy(self.out, node, f"steps_{'_'.join(plan.states)}")
         outs = {}
         for index, (name, value) in enumerate(names):

@@ -1,0 +1,152 @@
+"""What crosses from one call of a unit to the next: recurrences' states, tokens that shifts look back at, and what the
+chunk that may go on holds so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from chunkc.backends.layout import generic
+from chunkc.backends.writer import is_name
+from chunkc.ir import nodes as N
+from chunkc.ir.axes import DType, Size
+from chunkc.ir.graph import Graph, Unit
+
+WHAT = {
+    "state": "a recurrence's state",
+    "history": "the last tokens that a shift or convolution reads",
+    "running": "a reduction over the chunk that may go on",
+}
+
+
+@dataclass(frozen=True)
+class StateField:
+    """A field of a unit's state [N, (rows,) axes]; `node` is the one whose state it is, or from which it starts."""
+
+    name: str
+    axes: tuple[str, ...]
+    kind: Literal["state", "history", "running"] = "state"
+    node: str | None = None
+    rows: str | None = None
+    dtype: DType = "float"
+
+
+def states(graph: Graph) -> list[StateField]:
+    """The states of recurrences over a sequence or its chunks, in declared order; `node` is the initial value."""
+    out: list[StateField] = []
+    for n in graph.nodes:
+        if isinstance(n, N.Recur) and graph.axis[n.axis].is_sequence:
+            out += [StateField(c.name, c.axes, "state", c.initial, None, c.dtype) for c in n.carried]
+        elif isinstance(n, N.Scan) and not any(s.name == n.name for s in out):
+            out.append(StateField(n.name, n.declared, "state", n.initial, None, n.dtype))
+    return out
+
+
+def histories(graph: Graph) -> list[StateField]:
+    """The tokens, or chunks, before the first that each shift back and convolution reads."""
+    out: list[StateField] = []
+    for node in graph.nodes:
+        if isinstance(node, N.Conv) or isinstance(node, N.Shift) and not _is_zero_or_less(node.by):
+            rows = f"{node.width.text(1)} - 1" if isinstance(node, N.Conv) else node.by.text()
+            axes = tuple(a for a in node.axes if a != node.axis)
+            base = node.id if not generic(node) else f"{node.arg}_before"
+            out.append(StateField(_unused(base, "shift", out), axes, "history", node.id, rows, node.dtype))
+    return out
+
+
+def running(graph: Graph) -> list[StateField]:
+    """Reductions chunk by chunk: what the chunk that may go on has summed so far."""
+    out: list[StateField] = []
+    for node in graph.nodes:
+        if isinstance(node, N.Reduce) and node.chunk is not None and graph.axis[node.chunk].kind == "chunk":
+            axes = tuple(a for a in node.axes if a != node.chunk)
+            base = f"{node.arg if generic(node) else node.id}_so_far"
+            out.append(StateField(_unused(base, "so_far", out), axes, "running", node.id, None, node.dtype))
+        elif isinstance(node, N.Recur) and graph.axis[node.axis].kind == "chunk":
+            inner = graph.axis[node.axis].parent
+            for n in node.body.nodes:
+                if isinstance(n, N.Reduce) and inner in n.over:
+                    base = f"{n.arg if generic(n) else n.id}_so_far"
+                    out.append(
+                        StateField(_unused(base, "so_far", out), n.axes, "running", f"{node.id}/{n.id}", None, n.dtype)
+                    )
+    return out
+
+
+def fields(graph: Graph) -> list[StateField]:
+    """All fields, in the order of a unit's state."""
+    out: list[StateField] = []
+    for f in [*states(graph), *histories(graph), *running(graph)]:
+        name, n = f.name, 1
+        while any(x.name == name for x in out):
+            n += 1
+            name = f"{f.name}_{n}"
+        out.append(StateField(name, f.axes, f.kind, f.node, f.rows, f.dtype))
+    return out
+
+
+def positioned(graph: Graph) -> bool:
+    """Whether results depend on the position of the first token."""
+    regions = [graph, *(n.body for n in graph.of_kind(N.Recur))]
+    return any(
+        isinstance(n, N.Segment) or isinstance(n, N.Coord) and graph.axis[n.axis].kind in ("time", "chunk")
+        for g in regions for n in g.nodes
+    )  # fmt: skip
+
+
+def whole_reason(unit: Unit) -> str:
+    """Why a unit runs over whole sequences only, and cannot go on from a state; empty if it can."""
+    graph = unit.graph
+    for state in states(graph):
+        if state.node is not None and any(isinstance(graph[i], N.Input) for i in graph.reachable([state.node])):
+            return f"the initial value of {state.name} depends on an input"
+    rules = {n.chunk: n.rule for n in graph.of_kind(N.Segment)}
+    users = graph.users()
+    for node in graph.nodes:
+        if isinstance(node, N.Reduce) and node.chunk is None and any(graph.axis[a].is_sequence for a in node.over):
+            return "a reduction is over the whole sequence"
+        if isinstance(node, N.Normalize) and any(graph.axis[a].is_sequence for a in node.over):
+            return "a normaliser is along the sequence"
+        if isinstance(node, N.Length):
+            return "it depends on the sequence's length"
+        chunk = getattr(node, "chunk", None) or getattr(node, "within", None)
+        if rules.get(chunk or "") == "parts" and not isinstance(node, N.Segment):
+            return "its chunks depend on the sequence's length"
+        counted = any(not isinstance(u, N.Gather) or u.arg == node.id for u in users[node.id])
+        if isinstance(node, N.Bounds) and rules[node.chunk] == "runs" and (node.fn != "of" or counted):
+            return "it counts runs from the start of the sequence"
+        if isinstance(node, N.Gather) and graph.axis[node.axis].is_sequence:
+            index = graph[node.index]
+            if not (isinstance(index, N.Bounds) and index.fn == "of" and graph.axis[node.axis].kind == "chunk"):
+                return "it reads the sequence at computed positions"
+        if isinstance(node, N.Recur) and graph.axis[node.axis].kind == "chunk" and _nested(graph, node):
+            return "a reduction over a chunk depends on another"
+        if isinstance(node, N.Recur) and rules.get(node.axis) == "parts":
+            return "its chunks depend on the sequence's length"
+    return ""
+
+
+def _nested(graph: Graph, node: N.Recur) -> bool:
+    """Whether a reduction over a chunk's positions depends on another: then what is summed so far is not enough."""
+    inner = graph.axis[node.axis].parent
+    reduced = {n.id for n in node.body.nodes if isinstance(n, N.Reduce) and inner in n.over}
+    return any((node.body.reachable([id_]) - {id_}) & reduced for id_ in reduced)
+
+
+def declared_axes(graph: Graph, state: str) -> tuple[str, ...]:
+    """A state's axes as the spec declares them; a scan has them as batch, i, j."""
+    return next(s.axes for s in states(graph) if s.name == state)
+
+
+def _unused(base: str, plain: str, out: list[StateField]) -> str:
+    """A name for a field: the base if it is a name, else the plain one, with a number where it is taken."""
+    base = base if is_name(base) else plain
+    name, n = base, 1
+    while any(h.name == name for h in out):
+        n += 1
+        name = f"{base}_{n}"
+    return name
+
+
+def _is_zero_or_less(size: Size) -> bool:
+    return not size.params() and size.evaluate({}) <= 0

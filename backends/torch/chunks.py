@@ -1,0 +1,226 @@
+"""The chunks of sequences at run time: where they lie, and values chunk by chunk.
+
+Copied into each package as `_chunks.py`. Shapes: N sequences, M chunks in all; a value over chunks is [rows, chunks,
+...]: a row a sequence in a dense batch that starts at position 0 (all have as many chunks), else one row with all. How
+many there are is read from the device where it does not follow from shapes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from chunkc.backends.torch.runtime import Sequences
+
+
+class Chunks:
+    """The chunks of each sequence.
+
+    `inner` are the same tokens with a chunk for a sequence, `own` the sequences whose tokens are chunks. `continues`
+    [N]: the first chunk began before the first token; `open` [N]: the last one may go on behind the last token."""
+
+    def __init__(self, seq: Sequences, inner: Sequences, own: Sequences, continues: Tensor, open_: Tensor,
+                 start: Tensor, position: Tensor, n: int = 0) -> None:  # fmt: skip
+        self.seq, self.inner, self.own = seq, inner, own
+        self.continues, self.open = continues, open_
+        self.start, self.position, self.n = start, position, n
+
+    @staticmethod
+    def fixed(seq: Sequences, n: int, start: Tensor | None) -> Chunks:
+        """Spans of n positions, counted from the sequence's start; `start` [N] is the first token's position."""
+        lengths = seq.offsets.diff()
+        position = torch.zeros_like(lengths) if start is None else start
+        rest = position % n
+        some = lengths > 0
+        if start is None and not seq.packed:
+            count = -(-seq.tokens // n)
+            inside = (torch.arange(count, device=seq.device) * n)[None] + seq.offsets[:-1, None]
+            own = Sequences(seq.rows, count, None, seq.like)
+            begins = inside.reshape(-1)
+        else:
+            counts = torch.where(some, (rest + lengths + n - 1) // n, 0)
+            own, owner, place = _ragged(seq, counts)
+            begins = seq.offsets[owner] + (place * n - rest[owner]).clamp(min=0)
+        return Chunks(seq, _cut(seq, begins), own, some & (rest > 0), (rest + lengths) % n > 0, position // n,
+                      position, n)  # fmt: skip
+
+    @staticmethod
+    def parts(seq: Sequences, n: int) -> Chunks:
+        """n spans, equal up to rounding: some are empty where there are fewer tokens."""
+        lengths = seq.offsets.diff()
+        begins = seq.offsets[:-1, None] + torch.arange(n, device=seq.device) * lengths[:, None] // n
+        if seq.packed:
+            own, _, _ = _ragged(seq, torch.full_like(lengths, n))
+        else:
+            own = Sequences(seq.rows, n, None, seq.like)
+        never, zero = torch.zeros_like(lengths, dtype=torch.bool), torch.zeros_like(lengths)
+        return Chunks(seq, _cut(seq, begins.reshape(-1)), own, never, never, zero, zero)
+
+    @staticmethod
+    def runs(seq: Sequences, begins: Tensor, start: Tensor | None) -> Chunks:
+        """A chunk begins where `begins` [B, T] holds, and with each sequence; the last one may go on."""
+        lengths = seq.offsets.diff()
+        position = torch.zeros_like(lengths) if start is None else start
+        flat, first = begins.reshape(-1), seq.place == 0
+        edge = (flat | first).nonzero()[:, 0]
+        counts = torch.zeros_like(lengths).index_add(0, seq.owner[edge], torch.ones_like(edge))
+        own, _, _ = _ragged(seq, counts)
+        continues = torch.zeros_like(lengths, dtype=torch.bool)
+        heads = first.nonzero()[:, 0]
+        continues[seq.owner[heads]] = (position[seq.owner[heads]] > 0) & ~flat[heads]
+        return Chunks(seq, _cut(seq, edge), own, continues, lengths > 0, torch.zeros_like(lengths), position)
+
+    # -- where they lie ----------------------------------------------------------------------------------------------
+
+    def _first(self) -> Tensor:
+        """Each sequence's first chunk among all [N]."""
+        return self.own.offsets[:-1]
+
+    def _own_shape(self, flat: Tensor) -> Tensor:
+        return flat.view(self.own.rows, self.own.tokens, *flat.shape[1:])
+
+    def of(self) -> Tensor:
+        """The chunk of each token, counted in its sequence [B, T]."""
+        local = self.inner.owner - self._first()[self.seq.owner]
+        return (local + self.start[self.seq.owner]).view(self.seq.rows, self.seq.tokens)
+
+    def index(self) -> Tensor:
+        """Each chunk's place in its sequence."""
+        return self.own.positions(self.start)
+
+    def first(self) -> Tensor:
+        """Each chunk's first position."""
+        owner = self.own.owner
+        local = self.inner.offsets[:-1] - self.seq.offsets[owner] + self.position[owner]
+        if self.n:
+            local = torch.minimum(local, (self.own.place + self.start[owner]) * self.n)
+        return self._own_shape(local)
+
+    def last(self) -> Tensor:
+        """Each chunk's last position so far."""
+        owner = self.own.owner
+        return self._own_shape(self.inner.offsets[1:] - 1 - self.seq.offsets[owner] + self.position[owner])
+
+    def length(self) -> Tensor:
+        """How many positions each chunk has so far."""
+        return self.last() - self.first() + 1
+
+    def flat(self, x: Tensor) -> Tensor:
+        """A value over chunks [rows, chunks, ...], all chunks in one dimension."""
+        return x.reshape(self.own.rows * self.own.tokens, *x.shape[2:])
+
+    # -- from chunks to sequences ------------------------------------------------------------------------------------
+
+    def enter(self, state: Tensor, fresh: Tensor) -> Tensor:
+        """What each chunk starts from [M, ...]: the state given where it goes on, else the initial value."""
+        owner = self.own.owner
+        goes_on = (self.own.place == 0) & self.continues[owner]
+        return torch.where(_wide(goes_on, state), state[owner], fresh[owner])
+
+    def leave(self, last: Tensor, state: Tensor) -> Tensor:
+        """The state of each sequence's last chunk [N, ...], the given one of a sequence without tokens."""
+        if last.shape[0] == 0:
+            return state
+        some = self.own.offsets.diff() > 0
+        return torch.where(_wide(some, state), last[(self.own.offsets[1:] - 1).clamp(min=0)], state)
+
+    def complete(self) -> Tensor:
+        """How many chunks of each sequence are complete [N]."""
+        counts = self.own.offsets.diff()
+        return counts - (self.open & (counts > 0)).long()
+
+    # -- reductions --------------------------------------------------------------------------------------------------
+
+    def reduce(self, x: Tensor, fn: str, so_far: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A reducer chunk by chunk [rows, chunks, ...], and what each sequence's last chunk holds so far [N, ...];
+        `so_far` is that of the call before. A mean is kept as a sum."""
+        out = self.inner.reduce(x, "sum" if fn == "mean" else fn)
+        if so_far is None:
+            so_far = out.new_zeros((self.seq.count, *out.shape[1:]))
+        owner = self.own.owner
+        goes_on = _wide((self.own.place == 0) & self.continues[owner], out)
+        out = torch.where(goes_on, _joined(out, so_far[owner].to(out.dtype), fn), out)
+        kept = self.leave(out, so_far.to(out.dtype))
+        if fn == "mean":
+            length = self.length().reshape(-1).clamp(min=1)
+            out = out / length.view(-1, *[1] * (out.dim() - 1))
+        return self._own_shape(out), kept
+
+    def resumed(self, step: int, x: Tensor, so_far: Tensor | None, fn: str) -> Tensor:
+        """A reduction over one chunk of each sequence [N, ...], with what that chunk held before this call."""
+        if so_far is None or step:
+            return x
+        return torch.where(_wide(self.continues, x), _joined(x, so_far.to(x.dtype), fn), x)
+
+    def kept(self, step: int, x: Tensor, before: Tensor | None) -> Tensor:
+        """What each sequence's last chunk holds so far, once the loop has passed it."""
+        if before is None:
+            before = torch.zeros_like(x)
+        last = self.own.offsets.diff() - 1 == step
+        return torch.where(_wide(last, x), x, before.to(x.dtype))
+
+    def averaged(self, step: int, x: Tensor) -> Tensor:
+        """The mean of a chunk's positions from their sum [N, ...]."""
+        length = self.own.padded(self.length())[:, step].clamp(min=1)
+        return x / _wide(length, x)
+
+    def keep_last(self, x: Tensor, count: int, history: Tensor | None) -> Tensor:
+        """The last `count` complete chunks of each sequence [N, count, ...], older ones from `history`, else 0."""
+        flat = self.flat(x)
+        if history is None:
+            history = flat.new_zeros((self.seq.count, count, *flat.shape[1:]))
+        at = self.complete()[:, None] - count + torch.arange(count, device=x.device)
+        old = history.gather(1, _wide((at + count).clamp(0, count - 1), history).expand_as(history)).to(x.dtype)
+        if flat.shape[0] == 0:
+            return old
+        row = (self._first()[:, None] + at).clamp(0, flat.shape[0] - 1)
+        return torch.where(_wide(at >= 0, old), flat[row], old)
+
+    # -- a chunk at a time -------------------------------------------------------------------------------------------
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[B, T, ...] as chunks [N, chunks, width, ...], 0 beyond their end."""
+        return self.own.padded(self._own_shape(self.inner.padded(x)))
+
+    def unrows(self, x: Tensor) -> Tensor:
+        """The positions of `rows` back in their places."""
+        return self.inner.unpadded(self.flat(self.own.unpadded(x)))
+
+    def valid(self) -> Tensor:
+        """Which positions of `rows` are there [N, chunks, width]."""
+        width = self.inner.longest()
+        there = torch.arange(width, device=self.seq.device) < self.inner.offsets.diff()[:, None]
+        return self.own.padded(self._own_shape(there))
+
+    def updates(self, step: int) -> Tensor:
+        """Whether a step is a complete chunk of the sequence [N]: an unfinished one updates nothing."""
+        return self.complete() > step
+
+
+def _ragged(seq: Sequences, counts: Tensor) -> tuple[Sequences, Tensor, Tensor]:
+    """Sequences of as many chunks each, in one row; for each chunk its sequence and its place in it."""
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    own = Sequences(1, int(offsets[-1]), offsets, seq.like)
+    return own, own.owner, own.place
+
+
+def _cut(seq: Sequences, begins: Tensor) -> Sequences:
+    """The tokens of the sequences with a chunk for a sequence; a single token a row stays a dense batch."""
+    if seq.one_token and begins.shape[0] == seq.rows:
+        return seq
+    ends = begins.new_full((1,), seq.rows * seq.tokens)
+    return Sequences(seq.rows, seq.tokens, torch.cat([begins, ends]), seq.like)
+
+
+def _wide(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask with as many dimensions as a value, from the left."""
+    return mask.view(*mask.shape, *[1] * (like.dim() - mask.dim()))
+
+
+def _joined(a: Tensor, b: Tensor, fn: str) -> Tensor:
+    """Two parts of a reduction as one."""
+    if fn in ("sum", "mean"):
+        return a + b
+    if fn == "any":
+        return a | b
+    return torch.maximum(a, b) if fn == "max" else torch.minimum(a, b)

@@ -1,0 +1,465 @@
+"""A unit as users import it: the text of an nn.Module for a layer, of a function for an op."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from chunkc.backends.body import Body, param_name
+from chunkc.backends.layout import EACH, NOWHERE, sequence_names
+from chunkc.backends.states import WHAT, StateField, fields, positioned, whole_reason
+from chunkc.backends.writer import Lines, Writer, identifier, quoted
+from chunkc.ir import nodes as N
+from chunkc.ir.axes import Number, Size
+from chunkc.ir.graph import Unit
+
+RESERVED = frozenset({
+    "forward", "step", "init_state", "training", "parameters", "modules", "buffers", "children", "train", "eval",
+    "half", "float", "double", "type", "to", "cpu", "cuda", "apply", "compile", "share_memory", "state_dict",
+    "load_state_dict", "register_buffer", "register_parameter", "add_module", "requires_grad_", "zero_grad",
+    "extra_repr", "named_parameters", "dump_patches", "call_super_init", "T_destination", "bfloat16", "xpu", "ipu",
+    "mtia", "to_empty", "get_parameter", "get_buffer", "get_submodule", "set_submodule", "reset_parameters",
+    "get_extra_state", "set_extra_state", "register_module", "named_buffers", "named_children", "named_modules",
+})  # fmt: skip
+
+
+class UnitEmitter:
+    """One layer as an nn.Module, or one op as a function."""
+
+    def __init__(self, unit: Unit, lines: Lines, w: Writer, settings: Mapping[str, Number], prefix: str) -> None:
+        self.unit, self.lines, self.w, self.prefix = unit, lines, w, prefix
+        self.graph = unit.graph
+        self.name = identifier(unit.name)
+        self.params = [
+            p.evolve(default=settings.get(p.name, p.default)) if p.name in settings else p for p in unit.params
+        ]
+        self.inputs: list[N.Input] = [n for name in unit.inputs for n in self.graph.of_kind(N.Input) if n.name == name]
+        self.weights: list[N.Param] = self.graph.of_kind(N.Param)
+        self.whole = whole_reason(unit)
+        found = fields(self.graph)
+        if self.whole:  # what only a later call would read is not kept
+            found = [f for f in found if f.kind == "state"]
+        self.fields = [] if self.whole and unit.kind == "layer" else found
+        self.position = unit.kind == "op" and bool(self.fields) and not self.whole and positioned(self.graph)
+        self.spaces = [s for s in sequence_names(self.graph) if self.graph.axis[s].kind != "chunk"]
+        self.sizes = [a for a in self.graph.axes if a.kind == "size" and a.size is not None]
+        self.outputs = self.graph.outputs
+
+    def emit(self) -> None:
+        if self.fields:
+            self.state_class()
+        if self.unit.kind == "layer":
+            self.layer()
+        else:
+            self.op()
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state_class(self) -> None:
+        w = self.w
+        doc = '"""The state of {}: what crosses from one call to the next. N sequences.'
+        if self.unit.kind == "layer":
+            w("@dataclass(frozen=True)")
+            with w.indented(f"class {self.name}State:"):
+                w(doc.format(self.name))
+                w()
+                self.field_docs()
+                w("position: int64 [N], the tokens seen so far.")
+                w('"""')
+                w()
+                for f in self.fields:
+                    w(f"{identifier(f.name)}: Tensor")
+                w("position: Tensor")
+            w()
+            w()
+            w(f"_pytree.register_dataclass({self.name}State)")
+            w()
+            w()
+        elif len(self.fields) + self.position > 1:
+            with w.indented(f"class {self.name}_state(NamedTuple):"):
+                w(doc.format(self.name))
+                w()
+                self.field_docs()
+                if self.position:
+                    w("position: int64 [N], the tokens seen so far.")
+                w('"""')
+                w()
+                for f in self.fields:
+                    w(f"{identifier(f.name)}: Tensor")
+                if self.position:
+                    w("position: Tensor")
+            w()
+            w()
+
+    def field_docs(self) -> None:
+        for f in self.fields:
+            dims = ", ".join(["N", *([f.rows] if f.rows else []), *f.axes])
+            self.w(f"{identifier(f.name)}: [{dims}], {WHAT[f.kind]}.")
+
+    def field_shape(self, f: StateField, count: str = "seq.count") -> str:
+        return f"({', '.join([count, *([f.rows] if f.rows else []), *f.axes])},)"
+
+    # -- sizes -------------------------------------------------------------------------------------------------------
+
+    def size_lines(self) -> None:
+        """Local variables for the axes' sizes, from the parameters."""
+        for a in self.sizes:
+            assert a.size is not None
+            self.w(f'{a.name} = axis_size("{a.name}", {a.size.text()})')
+
+    def unpack(self) -> None:
+        """Local variables for a layer's parameters and sizes."""
+        for p in self.params:
+            self.w(f"{identifier(p.name)} = self._{identifier(p.name)}")
+        if self.sizes:
+            self.w(f"{''.join(a.name + ', ' for a in self.sizes).rstrip()} = self._sizes")
+
+    def doc(self) -> str:
+        return quoted(self.unit.doc)
+
+    def signature(self) -> list[str]:
+        """The unit's parameters as Python ones; those without a default come first."""
+        out = []
+        for p in sorted(self.params, key=lambda p: p.default is not None):
+            default = "" if p.default is None else f" = {p.default!r}"
+            out.append(f"{identifier(p.name)}: {p.type}{default}")
+        return out
+
+    # -- layers ------------------------------------------------------------------------------------------------------
+
+    def layer(self) -> None:
+        w = self.w
+        with w.indented(f"class {self.name}(nn.Module):"):
+            w(f'"""{self.doc() or self.unit.name}')
+            w()
+            self.interface_doc()
+            w('"""')
+            w()
+            parts = ["self", *self.signature(), "*", "device: torch.device | str | None = None",
+                     "dtype: torch.dtype | None = None"]  # fmt: skip
+            with w.indented(f"def __init__({', '.join(parts)}) -> None:"):
+                self.constructor()
+            w()
+            with w.indented("def reset_parameters(self) -> None:"):
+                self.reset()
+            w()
+            self.forward()
+            if self.fields:
+                w()
+                self.state_methods()
+
+    def interface_doc(self) -> None:
+        w = self.w
+        for n in self.inputs:
+            w(f"{identifier(n.name)}: {n.dtype} [{self.dims(n.axes)}].")
+        for name, id_ in self.outputs:
+            w(f"Gives {name}: [{self.dims(self.graph[id_].axes)}].")
+        w(f"From {self.lines.place(self.unit.span)}.")
+
+    def dims(self, axes: tuple[str, ...]) -> str:
+        timed = next((a for a in axes if self.graph.axis[a].kind != "size"), None)
+        own = [a for a in axes if self.graph.axis[a].kind == "size"]
+        return ", ".join([*(["B", self.length_name(timed)] if timed else ["N"]), *own])
+
+    def length_name(self, axis: str) -> str:
+        """How documents and messages call the length of a sequence: T, another sequence's with its name."""
+        space = self.graph.axis[axis].space
+        if self.graph.axis[axis].kind == "chunk":
+            return "chunks"
+        return "T" if space == self.spaces[0] else f"T_{space}"
+
+    def constructor(self) -> None:
+        w = self.w
+        w("super().__init__()")
+        for p in self.params:
+            w(f"self._{identifier(p.name)} = {identifier(p.name)}")
+        self.size_lines()
+        w(f"self._sizes = ({''.join(a.name + ', ' for a in self.sizes).rstrip()})")
+        w('factory = {"device": device, "dtype": dtype}')
+        groups: dict[str, list[N.Param]] = {}
+        for n in self.weights:
+            groups.setdefault(n.name.split(".")[0], []).append(n)
+        for name, members in groups.items():
+            attribute = self.attribute(name)
+            if "." in members[0].name:
+                made = ", ".join(f"{m.name.split('.')[1]}={self.empty(m)}" for m in members)
+                w(f"self.{attribute} = Weights({made})")
+            else:
+                w(f"self.{attribute} = nn.Parameter({self.empty(members[0])})")
+        w("self.reset_parameters()")
+
+    def attribute(self, name: str) -> str:
+        first, *rest = param_name(name).split(".")
+        return ".".join([first + "_" if first in RESERVED else first, *rest])
+
+    def empty(self, n: N.Param) -> str:
+        return f"torch.empty(({', '.join(n.axes)}{',' if len(n.axes) == 1 else ''}), **factory)"
+
+    def reset(self) -> None:
+        """Initial values: torch.nn.Linear's for library calls, else the spec's."""
+        w = self.w
+        w('"""Draw the initial values anew."""')
+        self.unpack()
+        with w.indented("with torch.no_grad():"):
+            if not self.weights:
+                w("pass")
+            for n in self.weights:
+                target = f"self.{self.attribute(n.name)}"
+                if n.library:
+                    assert n.fan_in is not None
+                    known = {a.size: a.name for a in reversed(self.sizes) if a.size is not None}
+                    bound = f"({n.fan_in.text(0, known)}) ** -0.5"
+                    w(f"{target}.uniform_(-{bound}, {bound})")
+                elif n.init is None:
+                    w(f"{target}.zero_()")
+                else:
+                    self.initial_value(n, target)
+
+    def initial_value(self, n: N.Param, target: str) -> None:
+        assert n.init is not None
+        inner = Body(self.unit.evolve(graph=n.init), self.lines, self.w, "")
+        text, _ = inner.aligned(n.init, n.init.outputs[0][1], n.axes, NOWHERE)
+        self.w(f"device, ct = {target}.device, torch.float32")
+        if isinstance(n.init[n.init.outputs[0][1]], N.Const):
+            self.w(f"{target}.fill_({text})")
+        else:
+            self.w(f"{target}.copy_(({text}).expand({target}.shape))")
+
+    def forward(self) -> None:
+        w = self.w
+        args = [f"{identifier(n.name)}: Tensor" for n in self.inputs]
+        extra = [f"state: {self.name}State | None = None"] if self.fields else []
+        extra += ["*", *(f"{name}: Tensor | None = None" for name in self.offsets()), "check: bool = False"]
+        outs = ["Tensor"] * len(self.outputs)
+        result = outs[0] if len(outs) == 1 else f"tuple[{', '.join(outs)}]"
+        if self.fields:
+            result += f" | tuple[{', '.join([*outs, self.name + 'State'])}]"
+        with w.indented(f"def forward({', '.join(['self', *args, *extra])}) -> {result}:"):
+            w('"""Run over whole sequences; with `state`, resume from it and give the new one too."""')
+            self.unpack()
+            self.checks()
+            for f in self.fields:
+                w(f"state_{identifier(f.name)} = None if state is None else state.{identifier(f.name)}")
+            w("start = None if state is None else state.position" if self.fields else "start = None")
+            self.body("self.")
+            names = [self.output(id_) for _, id_ in self.outputs]
+            if self.fields:
+                with w.indented("if state is not None:"):
+                    new = ", ".join(
+                        [*(f"next_{identifier(f.name)}" for f in self.fields), "state.position + seq.offsets.diff()"]
+                    )
+                    w(f"return {', '.join(names)}, {self.name}State({new})")
+            w(f"return {', '.join(names)}")
+
+    def output(self, id_: str) -> str:
+        home = self.printer.home(self.graph, id_)
+        text, rank = self.printer.aligned(self.graph, id_, self.graph[id_].axes, home)
+        text = text if rank == 9 else f"({text})"
+        dtype = self.graph[id_].dtype
+        return f"{text}.to(given)" if dtype == "float" else text
+
+    def body(self, owner: str) -> None:
+        """Set up, then the statements of the graph."""
+        w = self.w
+        first = identifier(self.first_input().name)
+        w(f"given, ct, device = {first}.dtype, compute_dtype({first}), {first}.device")
+        for space, name in zip(self.spaces, self.offsets()):
+            x = identifier(self.of_space(space).name)
+            w(f"{sequence_names(self.graph)[space]} = Sequences({x}.shape[0], {x}.shape[1], {name}, {first})")
+        if self.whole:  # what a call could go on from is not kept
+            for f in fields(self.graph):
+                if f.kind != "state" or self.unit.kind == "layer":
+                    w(f"state_{identifier(f.name)} = None")
+        if any(isinstance(n, N.Scan) for n in self.graph.nodes):
+            w(f"scans = _scans({first})")
+        for n in self.inputs:
+            if n.dtype in ("float", "complex"):
+                dtype = "ct" if n.dtype == "float" else "complex_type(ct)"
+                w(f"{identifier(n.name)} = {identifier(n.name)}.to({dtype})")
+        self.printer = Body(self.unit, self.lines, w, owner, self.prefix)
+        self.printer.attribute = self.attribute if owner else param_name
+        self.printer.emit()
+
+    def offsets(self) -> list[str]:
+        """The arguments that pack sequences: `cu_seqlens`, a further sequence's with its name."""
+        return ["cu_seqlens", *(f"cu_seqlens_{s}" for s in self.spaces[1:])]
+
+    def of_space(self, space: str) -> N.Input:
+        """The first input over a sequence."""
+        return next(n for n in self.inputs if any(self.graph.axis[a].space == space for a in n.axes))
+
+    def first_input(self) -> N.Input:
+        return next((n for n in self.inputs if n.dtype == "float"), self.inputs[0])
+
+    def checks(self) -> None:
+        w = self.w
+        who = self.unit.name
+        with w.indented("check_tensors("):
+            w(f'"{who}",')
+            with w.indented("{"):
+                ordered = sorted(self.inputs, key=lambda n: n.name != self.first_input().name)
+                for n in ordered:
+                    own = [a for a in n.axes if self.graph.axis[a].kind == "size"]
+                    time = next(a for a in n.axes if self.graph.axis[a].kind != "size")
+                    shape = ", ".join(['"B"', f'"{self.length_name(time)}"', *own])
+                    w(f'"{n.name}": ({identifier(n.name)}, ({shape}), "{n.dtype}"),')
+                if self.unit.kind == "op":
+                    for p in self.weights:
+                        shape = ", ".join(p.axes) + ("," if len(p.axes) == 1 else "")
+                        w(f'"{p.name}": ({identifier(p.name)}, ({shape}), "float"),')
+            w("},")
+        w(")")
+        first = identifier(self.first_input().name)
+        for space, name in zip(self.spaces, self.offsets()):
+            x = identifier(self.of_space(space).name)
+            more = f', "{name}"' if name != "cu_seqlens" else ""
+            same = ", cu_seqlens" if more else ""
+            w(f'check_offsets("{who}", {name}, {x}{more}{same})')
+        count = f"{first}.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1"
+        self.state_checks(who, first, count)
+        with w.indented("if check:"):
+            for n in self.inputs:
+                low, high = (None if x is None or math.isinf(x) else x for x in (n.low, n.high))
+                w(f'check_values("{who}", "{n.name}", {identifier(n.name)}, {low!r}, {high!r})')
+            for p in self.weights:
+                low, high = (None if x is None or math.isinf(x) else x for x in (p.low, p.high))
+                if low is not None or high is not None:
+                    value = f"self.{self.attribute(p.name)}" if self.unit.kind == "layer" else identifier(p.name)
+                    w(f'check_values("{who}", "{p.name}", {value}, {low!r}, {high!r})')
+            for space, name in zip(self.spaces, self.offsets()):
+                with w.indented(f"if {name} is not None:"):
+                    w(f'check_packing("{who}", {name}, {identifier(self.of_space(space).name)}.shape[1])')
+
+    def state_checks(self, who: str, first: str, count: str) -> None:
+        w = self.w
+        if not self.fields:
+            return
+        given = "state" if self.unit.kind == "layer" else "initial_state"
+        with w.indented(f"if {given} is not None:"):
+            if self.whole:
+                w(f'raise ValueError("{who} runs over whole sequences: {self.whole}")')
+                return
+            w(f"count = {count}")
+            total = len(self.fields) + self.position
+            if self.unit.kind == "op" and total > 1:
+                with w.indented(f"if len({given}) != {total}:"):
+                    w(f'raise ValueError("{who}: initial_state wants {total} tensors")')
+            for k, f in enumerate(self.fields):
+                value = f"state.{identifier(f.name)}"
+                if self.unit.kind == "op":
+                    value = "initial_state" if total == 1 else f"initial_state[{k}]"
+                kind = "" if f.dtype == "float" else f', "{f.dtype}"'
+                w(f'check_state("{who}", "{f.name}", {value}, {self.field_shape(f, "count")}, {first}{kind})')
+            if self.position:
+                w(f'check_position("{who}", initial_state[{len(self.fields)}], count, {first})')
+
+    def state_methods(self) -> None:
+        w = self.w
+        with w.indented(f"def init_state(self, batch: int, dtype: torch.dtype = torch.float32) -> {self.name}State:"):
+            w('"""The state before the first token of `batch` sequences."""')
+            self.unpack()
+            w("device = next((p.device for p in self.parameters()), None)")
+            w("ct = dtype")
+            inner = Body(self.unit, self.lines, w, "self.")
+            inner.attribute = self.attribute
+            inner.bind()
+            values = []
+            for f in self.fields:
+                shape = self.field_shape(f, "batch")
+                if f.kind != "state" or f.node is None:
+                    dtype = {"float": "dtype", "complex": "complex_type(dtype)"}.get(f.dtype, inner.dtype(self.like(f)))
+                    values.append(f"torch.zeros({shape}, dtype={dtype}, device=device)")
+                else:
+                    c = N.Carried(name=f.name, axes=f.axes, dtype=f.dtype, initial=f.node, result="")
+                    values.append(inner.initial_value(c, EACH).replace("seq.count", "batch"))
+            with w.indented(f"return {self.name}State("):
+                for v in values:
+                    w(f"{v},")
+                w("torch.zeros((batch,), dtype=torch.int64, device=device),")
+            w(")")
+        if not self.steps():
+            return
+        w()
+        args = [identifier(n.name) for n in self.inputs]
+        typed = ", ".join(f"{a}: Tensor" for a in args)
+        outs = ", ".join(["Tensor"] * len(self.outputs))
+        with w.indented(f"def step(self, {typed}, state: {self.name}State) -> tuple[{outs}, {self.name}State]:"):
+            w('"""One token of each sequence: inputs and outputs without the T dimension."""')
+            call = ", ".join(f"{a}[:, None]" for a in args)
+            names = [f"out_{k}" for k in range(len(self.outputs))]
+            w(f"{', '.join(names)}, new = self.forward({call}, state=state)")
+            timed = [any(self.graph.axis[a].kind != "size" for a in self.graph[i].axes) for _, i in self.outputs]
+            taken = [f"{n}[:, 0]" if t else n for n, t in zip(names, timed)]
+            w(f"return {', '.join(taken)}, new")
+
+    @staticmethod
+    def like(f: StateField) -> N.AnyNode:
+        """A node of a field's type."""
+        return N.State(id=f.name, name=f.name, axes=f.axes, dtype=f.dtype)
+
+    def steps(self) -> bool:
+        """Whether one token can be fed at a time: outputs are causal, and none is over chunks."""
+        kinds = {self.graph.axis[a].kind for _, id_ in self.outputs for a in self.graph[id_].axes}
+        return not self.unit.looks_ahead and "chunk" not in kinds and len(self.spaces) == 1
+
+    # -- ops ---------------------------------------------------------------------------------------------------------
+
+    def op(self) -> None:
+        w = self.w
+        tensors = [f"{identifier(n.name)}: Tensor" for n in self.inputs]
+        tensors += [f"{identifier(p.name)}: Tensor" for p in self.weights]
+        inferred = self.inferred()
+        keywords = []
+        for p in self.params:
+            if p.default is None and p.name in inferred:
+                keywords.append(f"{identifier(p.name)}: {p.type} | None = None")
+            else:
+                keywords.append(f"{identifier(p.name)}: {p.type}" + ("" if p.default is None else f" = {p.default!r}"))
+        state = "Tensor" if len(self.fields) + self.position == 1 else f"{self.name}_state"
+        if self.fields:
+            keywords += [f"initial_state: {state} | None = None", "output_final_state: bool = False"]
+        keywords += [*(f"{name}: Tensor | None = None" for name in self.offsets()), "check: bool = False"]
+        outs = ["Tensor"] * len(self.outputs)
+        final = [f"{state} | None"] if self.fields else []
+        result = f"tuple[{', '.join([*outs, *final])}]" if len(outs) + len(final) > 1 else "Tensor"
+        with w.indented(f"def {self.name}({', '.join([*tensors, '*', *keywords])}) -> {result}:"):
+            w(f'"""{self.doc() or self.unit.name}')
+            w()
+            self.interface_doc()
+            w("A packed batch has B = 1 and cu_seqlens [N + 1]; states are [N, ...].")
+            w('"""')
+            for name, text in inferred.items():
+                with w.indented(f"if {identifier(name)} is None:"):
+                    w(f"{identifier(name)} = {text}")
+            self.size_lines()
+            self.checks()
+            for k, f in enumerate(self.fields):
+                value = "initial_state" if len(self.fields) + self.position == 1 else f"initial_state[{k}]"
+                w(f"state_{identifier(f.name)} = None if initial_state is None else {value}")
+            last = len(self.fields)
+            w(f"start = None if initial_state is None else initial_state[{last}]" if self.position else "start = None")
+            self.body("")
+            self.op_result(state)
+
+    def op_result(self, state: str) -> None:
+        w = self.w
+        names = [self.output(id_) for _, id_ in self.outputs]
+        if not self.fields:
+            w(f"return {', '.join(names)}")
+            return
+        finals = [f"next_{identifier(f.name)}" for f in self.fields]
+        if self.position:
+            finals.append("seq.offsets.diff() if start is None else start + seq.offsets.diff()")
+        made = finals[0] if len(finals) == 1 else f"{state}({', '.join(finals)})"
+        w(f"return {', '.join(names)}, {made} if output_final_state else None")
+
+    def inferred(self) -> dict[str, str]:
+        """Parameters without a default that are an input's size: where to read them."""
+        out: dict[str, str] = {}
+        for p in self.params:
+            for n in self.inputs:
+                own = [a for a in n.axes if self.graph.axis[a].kind == "size"]
+                for k, a in enumerate(own):
+                    if self.graph.axis[a].size == Size(op="param", value=p.name) and p.default is None:
+                        out.setdefault(p.name, f"length({identifier(n.name)}, {k + 2})")
+        return out

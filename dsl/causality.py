@@ -1,0 +1,153 @@
+"""Causality: which outputs depend on later tokens.
+
+A value over a sequence may depend on tokens up to its own. One over chunks may need its *whole* chunk, or only what
+stands before the chunk and its first token: then every token of the chunk may read it."""
+
+from __future__ import annotations
+
+from chunkc.ir import nodes as N
+from chunkc.ir.axes import Size, SizeError
+from chunkc.ir.diagnostics import Span
+from chunkc.ir.graph import Graph, Unit
+from chunkc.ir.ranges import Ranges
+
+Blame = tuple[Span, str]
+
+
+class Horizon:
+    """What nodes depend on: `blame` says why one looks ahead; `whole` are those that need their whole chunk."""
+
+    def __init__(self, graph: Graph, span: Span, outer: Horizon | None = None, inner: str = "") -> None:
+        self.graph, self.span, self.outer, self.inner = graph, span, outer, inner
+        self.blame: dict[str, Blame | None] = {}
+        self.whole: dict[str, bool] = {}
+        self.bodies: dict[str, Horizon] = outer.bodies if outer else {}
+        self.segments: dict[str, N.Segment] = (
+            {n.chunk: n for n in graph.of_kind(N.Segment)} if outer is None else outer.segments
+        )
+        self.ranges = Ranges(graph.by_id)
+        for node in graph.nodes:
+            self.whole[node.id] = self.needs_chunk(node)
+            found = next((b for a in node.operands() if (b := self.blame.get(a))), None)
+            why = "" if found else self.why(node)
+            self.blame[node.id] = (node.span or span, why) if why else found
+
+    def kind(self, axis: str) -> str:
+        return self.graph.axis[axis].kind
+
+    def cut_by_length(self, chunk: str | None) -> bool:
+        """Whether where these chunks lie depends on the sequence's length."""
+        return chunk in self.segments and self.segments[chunk].rule == "parts"
+
+    def needs_chunk(self, node: N.AnyNode) -> bool:
+        if isinstance(node, N.Capture) and self.outer is not None:
+            return self.outer.whole[node.outer]
+        if isinstance(node, N.Reduce) and (node.chunk is not None and self.kind(node.chunk) == "chunk"
+                                           or self.inner in node.over):  # fmt: skip
+            return True
+        if isinstance(node, N.Bounds):
+            return node.fn in ("last", "length")
+        if isinstance(node, N.Gather) and self.kind(node.axis) in ("time", "chunk"):
+            return self.is_bound(node.index, "last")
+        if isinstance(node, N.Shift) and self.kind(node.axis) == "chunk":
+            return False
+        if isinstance(node, N.Out):
+            source = self.graph[node.arg]
+            if (
+                isinstance(source, N.Recur)
+                and self.kind(source.axis) == "chunk"
+                and node.index < len(source.body.outputs)
+            ):
+                return self.body(source).whole[source.body.outputs[node.index][1]]
+            return False
+        return any(self.whole.get(a, False) for a in node.operands()) and not isinstance(node, N.Recur)
+
+    def body(self, node: N.Recur) -> Horizon:
+        if node.id not in self.bodies:
+            inner = self.graph.axis[node.axis].parent or ""
+            self.bodies[node.id] = Horizon(node.body, self.span, self, inner)
+        return self.bodies[node.id]
+
+    def why(self, node: N.AnyNode) -> str:
+        """Why a node itself looks ahead; empty if it does not."""
+        if isinstance(node, N.Reduce | N.Normalize | N.Recur) and self.cut_by_length(
+            node.within if isinstance(node, N.Recur) else node.chunk
+        ):
+            return "where these chunks lie depends on the sequence's length"
+        if isinstance(node, N.Bounds) and self.cut_by_length(node.chunk):
+            return "where these chunks lie depends on the sequence's length"
+        if isinstance(node, N.Reduce) and node.chunk is None and any(self.kind(a) != "size" for a in node.over):
+            return "" if self.inner in node.over else "this is over the whole sequence"
+        if isinstance(node, N.Normalize) and any(self.kind(a) != "size" for a in node.over):
+            return "this is over the whole sequence" if node.chunk is None else "this is over a whole chunk"
+        if isinstance(node, N.Shift) and _negative(node.by):
+            return "this reads a later position"
+        if isinstance(node, N.Length):
+            return "this depends on the sequence's length"
+        if isinstance(node, N.Gather):
+            return self.why_gather(node)
+        if (
+            self.inner
+            and self.inner in node.axes
+            and any(self.whole[a] and self.inner not in self.graph[a].axes for a in node.operands())
+        ):
+            return "this needs the whole chunk, and its first position reads it"
+        if isinstance(node, N.Out):
+            source = self.graph[node.arg]
+            if isinstance(source, N.Recur) and node.index >= len(source.body.outputs):
+                return "this is the last state" if self.kind(source.axis) != "size" else ""
+            if isinstance(source, N.Recur) and self.kind(source.axis) == "chunk":
+                found = self.body(source).blame[source.body.outputs[node.index][1]]
+                return found[1] if found else ""
+        return ""
+
+    def why_gather(self, node: N.Gather) -> str:
+        kind = self.kind(node.axis)
+        if kind == "size":
+            return ""
+        if kind == "chunk":
+            earlier = self.is_earlier_chunk(node.index)
+            if earlier or self.is_bound(node.index, "of") and not self.whole[node.arg]:
+                return ""
+            return "this needs the whole chunk, and its first position reads it" if self.is_bound(
+                node.index, "of") else "this reads a chunk at a computed position"  # fmt: skip
+        if self.is_bound(node.index, "first") or self.is_bound(node.index, "last") or self.never_after(node.index):
+            return ""
+        return "this reads a computed position, which may be a later one"
+
+    def is_bound(self, id_: str, fn: str) -> bool:
+        node = self.graph[id_]
+        return isinstance(node, N.Bounds) and node.fn == fn
+
+    def is_earlier_chunk(self, id_: str) -> bool:
+        """Whether an index is `c(t) - n` with n at least 1."""
+        node = self.graph[id_]
+        if not (isinstance(node, N.Map) and node.fn == "-" and self.is_bound(node.args[0], "of")):
+            return False
+        return self.ranges[node.args[1]][0] >= 1
+
+    def never_after(self, id_: str) -> bool:
+        """Whether a position over a sequence is proven to be at most the token's own."""
+        node = self.graph[id_]
+        if isinstance(node, N.Coord):
+            return True
+        if isinstance(node, N.Map) and node.fn == "min":
+            return any(self.never_after(a) for a in node.args)
+        if isinstance(node, N.Map) and node.fn == "-":
+            return self.never_after(node.args[0]) and self.ranges[node.args[1]][0] >= 0
+        if isinstance(node, N.Gather):
+            return self.is_bound(node.arg, "first") and self.is_bound(node.index, "of")
+        return False
+
+
+def looks_ahead(unit: Unit) -> dict[str, Blame]:
+    """The outputs that depend on later tokens, with the span that looks ahead and why."""
+    horizon = Horizon(unit.graph, unit.span)
+    return {name: b for name, id_ in unit.graph.outputs if (b := horizon.blame[id_]) is not None}
+
+
+def _negative(size: Size) -> bool:
+    try:
+        return size.evaluate({}) < 0
+    except (SizeError, KeyError):
+        return Ranges.of_size(size)[0] < 0
