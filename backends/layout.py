@@ -20,7 +20,8 @@ NOWHERE = ""
 @dataclass(frozen=True)
 class Loop:
     """The loop whose body is emitted: its axis, the sequence that its chunks cut, whether a state is a sequence's;
-    and the variables that hold how wide chunks are, which positions are there, and their coordinates."""
+    and the texts of how wide chunks are, which positions are there, their coordinates, and how
+    many states run side by side."""
 
     axis: str
     inner: str = ""
@@ -28,6 +29,7 @@ class Loop:
     width: str = "width"
     valid: str = "valid"
     place: str = "place"
+    count: str = ""
 
 
 class Layout:
@@ -107,7 +109,7 @@ class Layout:
         if home == NOWHERE:
             return []
         if home == EACH:
-            return [f"{self.main}.count"]
+            return [self.loop.count if self.loop is not None and self.loop.count else f"{self.main}.count"]
         if home == INNER:
             assert self.loop is not None
             return [f"{self.main}.count", self.loop.width]

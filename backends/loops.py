@@ -66,7 +66,7 @@ class Loops(Expressions):
                         else "position = step"
                     )
                     w("position = torch.as_tensor(position, device=device)")
-            self.body(node, Loop(node.axis), local, lists, f"{seq}.alive(step)", f"{seq}.packed")
+            self.body(node, Loop(node.axis, count=f"{seq}.count"), local, lists, f"{seq}.alive(step)", f"{seq}.packed")
         for i, name in lists.items():
             result = self.fresh(outs[i].id)
             axes = body[body.outputs[i][1]].axes
@@ -113,6 +113,8 @@ class Loops(Expressions):
                     rows[n.outer] = self.fresh(f"{n.outer}_rows")
                     self.w(f"{rows[n.outer]} = {spread.format(text)}")
                 local[n.id] = f"{rows[n.outer]}[:, step]"
+            elif node.within is not None and self.home(self.graph, n.outer) == EACH:
+                local[n.id] = f"{held(text, 0, 9)}[{self.seq(self.graph.axis[node.within].space)}.owner]"
             else:
                 local[n.id] = text if text.isidentifier() else f"({text})"
         return local

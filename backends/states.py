@@ -101,7 +101,6 @@ def whole_reason(unit: Unit) -> str:
         if state.node is not None and any(isinstance(graph[i], N.Input) for i in graph.reachable([state.node])):
             return f"the initial value of {state.name} depends on an input"
     rules = {n.chunk: n.rule for n in graph.of_kind(N.Segment)}
-    users = graph.users()
     for node in graph.nodes:
         if isinstance(node, N.Reduce) and node.chunk is None and any(graph.axis[a].is_sequence for a in node.over):
             return "a reduction is over the whole sequence"
@@ -109,21 +108,26 @@ def whole_reason(unit: Unit) -> str:
             return "a normaliser is along the sequence"
         if isinstance(node, N.Length):
             return "it depends on the sequence's length"
-        chunk = getattr(node, "chunk", None) or getattr(node, "within", None)
-        if rules.get(chunk or "") == "parts" and not isinstance(node, N.Segment):
-            return "its chunks depend on the sequence's length"
-        counted = any(not isinstance(u, N.Gather) or u.arg == node.id for u in users[node.id])
-        if isinstance(node, N.Bounds) and rules[node.chunk] == "runs" and (node.fn != "of" or counted):
-            return "it counts runs from the start of the sequence"
+        if why := _chunk_reason(graph, node, rules):
+            return why
         if isinstance(node, N.Gather) and graph.axis[node.axis].is_sequence:
             index = graph[node.index]
             if not (isinstance(index, N.Bounds) and index.fn == "of" and graph.axis[node.axis].kind == "chunk"):
                 return "it reads the sequence at computed positions"
         if isinstance(node, N.Recur) and graph.axis[node.axis].kind == "chunk" and _nested(graph, node):
             return "a reduction over a chunk depends on another"
-        if isinstance(node, N.Recur) and rules.get(node.axis) == "parts":
-            return "its chunks depend on the sequence's length"
     return ""
+
+
+def _chunk_reason(graph: Graph, node: N.AnyNode, rules: dict[str, str]) -> str:
+    """Why a node's chunks are known only with the whole sequence."""
+    if isinstance(node, N.Segment):
+        return ""
+    chunk = str(getattr(node, "chunk", None) or getattr(node, "axis", ""))
+    within = str(getattr(node, "within", None))
+    if "parts" in (rules.get(chunk), rules.get(within)):
+        return "its chunks depend on the sequence's length"
+    return "a run is complete only when the next one begins" if rules.get(chunk) == "runs" else ""
 
 
 def _nested(graph: Graph, node: N.Recur) -> bool:

@@ -182,21 +182,24 @@ class UnitEmitter:
         for name, members in groups.items():
             attribute = self.attribute(name)
             if "." in members[0].name:
-                made = ", ".join(f"{m.name.split('.')[1]}={self.empty(m)}" for m in members)
-                w(f"self.{attribute} = Weights({made})")
+                inner = {self.attribute(m.name).split(".", 1)[1]: self.empty(m) for m in members}
+                if all("." not in n for n in inner):
+                    w(f"self.{attribute} = Weights({', '.join(f'{n}={x}' for n, x in inner.items())})")
+                else:
+                    made = "".join(f'"{n}": {x}, ' for n, x in inner.items()).removesuffix(", ")
+                    w(f"self.{attribute} = Weights(**{{{made}}})")
             else:
                 w(f"self.{attribute} = nn.Parameter({self.empty(members[0])})")
         w("self.reset_parameters()")
 
     def attribute(self, name: str) -> str:
-        first, *rest = param_name(name).split(".")
-        return ".".join([first + "_" if first in RESERVED else first, *rest])
+        return ".".join(part + "_" if part in RESERVED else part for part in param_name(name).split("."))
 
     def empty(self, n: N.Param) -> str:
         return f"torch.empty(({', '.join(n.axes)}{',' if len(n.axes) == 1 else ''}), **factory)"
 
     def reset(self) -> None:
-        """Initial values: torch.nn.Linear's for library calls, else the spec's."""
+        """Initial values: those of torch.nn.Linear and torch.nn.Embedding for library calls, else the spec's."""
         w = self.w
         w('"""Draw the initial values anew."""')
         self.unpack()
@@ -205,7 +208,9 @@ class UnitEmitter:
                 w("pass")
             for n in self.weights:
                 target = f"self.{self.attribute(n.name)}"
-                if n.library:
+                if n.library == "table":
+                    w(f"{target}.normal_()")
+                elif n.library:
                     assert n.fan_in is not None
                     known = {a.size: a.name for a in reversed(self.sizes) if a.size is not None}
                     bound = f"({n.fan_in.text(0, known)}) ** -0.5"
@@ -261,7 +266,7 @@ class UnitEmitter:
     def body(self, owner: str) -> None:
         """Set up, then the statements of the graph."""
         w = self.w
-        first = identifier(self.first_input().name)
+        first = self.like_text(owner)
         w(f"given, ct, device = {first}.dtype, compute_dtype({first}), {first}.device")
         for space, name in zip(self.spaces, self.offsets()):
             x = identifier(self.of_space(space).name)
@@ -289,7 +294,21 @@ class UnitEmitter:
         return next(n for n in self.inputs if any(self.graph.axis[a].space == space for a in n.axes))
 
     def first_input(self) -> N.Input:
-        return next((n for n in self.inputs if n.dtype == "float"), self.inputs[0])
+        kinds = ("float", "complex", "int", "bool")
+        return min(self.inputs, key=lambda n: kinds.index(n.dtype))
+
+    def like_text(self, owner: str) -> str:
+        """A tensor of the type in which outputs are given: the first float input, else the first weight."""
+        first = self.first_input()
+        name = identifier(first.name)
+        if first.dtype == "float":
+            return name
+        if first.dtype == "complex":
+            return f"{name}.real"
+        if self.weights:
+            weight = self.weights[0].name
+            return owner + (self.attribute(weight) if owner else param_name(weight))
+        return f"{name}.new_empty(0, dtype=torch.float32)"
 
     def checks(self) -> None:
         w = self.w

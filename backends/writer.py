@@ -38,13 +38,14 @@ class Lines:
         self.source = source
 
     def place(self, span: Span | None) -> str:
-        return "" if span is None else f"{span.file}:{self.source.position(span.start)[0]}"
+        return self.source.place(span)
 
     def code(self, span: Span | None) -> str:
         """The spec's line, without its comment, and where it stands."""
         if span is None:
             return ""
-        text = self.source.line(self.source.position(span.start)[0]).split("#")[0].strip()
+        source = self.source.of(span.file)
+        text = source.line(source.position(span.start)[0]).split("#")[0].strip()
         return f"{text}   {self.place(span)}"
 
 

@@ -77,9 +77,10 @@ def load(path: str | Path, settings: Mapping[str, int | float | bool] | None = N
 
     from chunkc.artifact import fingerprint, load_package, pack, package_name, spec_name
     from chunkc.cache import fetch
+    from chunkc.dsl.uses import gather
     from chunkc.ir.diagnostics import SourceFile
 
-    source = SourceFile.read(Path(path), spec_name(path))
+    source = gather(SourceFile.read(Path(path), spec_name(path)))
     chosen = settings or {}
 
     def make() -> dict[str, str]:

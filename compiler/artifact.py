@@ -121,11 +121,14 @@ def compiler_sha256() -> str:
 def fingerprint(source: SourceFile, settings: Mapping[str, Number]) -> str:
     """A hash of all that shapes the emitted text.
 
-    Of the spec, the tokens and their lines count: emitted comments name lines, and nothing else of the layout."""
-    try:
-        spelled = [[t.type, "" if t.type == "_NL" else str(t), t.line] for t in tokens(source)]
-    except (CompileError, LarkError):
-        spelled = [[source.text]]  # never stored: compiling it fails, and says all that is wrong
+    Of the spec and the files that it uses, the tokens and their lines count: emitted comments name lines, and nothing
+    else of the layout."""
+    spelled = []
+    for file in (source, *source.used):
+        try:
+            spelled += [[t.type, "" if t.type == "_NL" else str(t), t.line] for t in tokens(file)]
+        except (CompileError, LarkError):
+            spelled.append([file.text])  # never stored: compiling it fails, and says all that is wrong
     chosen = sorted((name, type(value).__name__, repr(value)) for name, value in settings.items())
     parts: list[object] = [source.name, spelled, chosen, __version__, compiler_sha256(), FORMAT, CONTRACT]
     return sha256(json.dumps(parts))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from chunkc.dsl.check import check
-from chunkc.dsl.parser import parse_partial
+from chunkc.dsl.check import Exports, check
+from chunkc.dsl.parser import parse, parse_partial
+from chunkc.dsl.tree import File, Use
+from chunkc.dsl.uses import gather, used_name
 from chunkc.ir.diagnostics import CompileError, Diagnostic, SourceFile
 from chunkc.ir.graph import Module, Unit
 from chunkc.ir.nodes import Recur
@@ -23,7 +25,7 @@ class Checked:
 
     @property
     def sources(self) -> dict[str, SourceFile]:
-        return {self.source.name: self.source}
+        return {s.name: s for s in (self.source, *self.source.used)}
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Compiled:
 
 
 def check_source(source: SourceFile) -> Checked:
-    """Parse and check.
+    """Parse and check, the files that it uses first.
 
     Raises:
         CompileError: with every independent error of the first stage that fails.
@@ -43,11 +45,23 @@ def check_source(source: SourceFile) -> Checked:
     file, syntax, dropped = parse_partial(source)
     if syntax:
         raise CompileError(syntax)
-    module, found = check(file, source.name, dropped)
+    source = gather(source)
+    exports: dict[str, Exports] = {}
+    for used in source.used:
+        exports[used.name] = _check(used, parse(used), "", exports)[1]
+    (module, found), _ = _check(source, file, dropped, exports)
+    return Checked(source, module, tuple(found))
+
+
+def _check(source: SourceFile, file: File, dropped: str, exports: dict[str, Exports]
+           ) -> tuple[tuple[Module, list[Diagnostic]], Exports]:  # fmt: skip
+    """One file, with what it may take from others."""
+    taken = {u.path: exports[used_name(source.name, u.path)] for u in file.items if isinstance(u, Use)}
+    module, found, given = check(file, source.name, dropped, taken)
     errors = [d for d in found if d.severity == "error"]
     if errors:
         raise CompileError(errors)
-    return Checked(source, module, tuple(found))
+    return (module, found), given
 
 
 def check_path(path: Path, name: str | None = None) -> Checked:

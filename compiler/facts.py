@@ -24,7 +24,7 @@ def facts(compiled: Compiled) -> list[dict[str, Any]]:
 
 
 def _place(source: SourceFile, span: Span | None) -> str:
-    return "" if span is None else f"{span.file}:{source.position(span.start)[0]}"
+    return source.place(span)
 
 
 def _unit(source: SourceFile, semantic: Unit, unit: Unit) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _scan(source: SourceFile, graph: Graph, scan: N.Scan, ranges: Ranges) -> dic
             "algebra": scan.algebra,
             "structure": _structure(scan, gates),
             "dependence": "constant" if constant else "by token",
-            "field": "real",
+            "field": "complex" if scan.dtype == "complex" else "real",
             "gates": [_place(source, g.span) for g in gates],
         },
         "writes": len(scan.writes) or int(scan.add is not None),
@@ -110,6 +110,8 @@ def _licence(scan: N.Scan, gates: list[N.AnyNode], ranges: Ranges) -> dict[str, 
     """What is proven of the gate, and how exponents are anchored on that proof."""
     if scan.algebra == "max-plus":
         return {"gate": "max-plus", "anchoring": "none", "gate_gradient": "by the larger argument"}
+    if scan.dtype == "complex" and gates:
+        return {"gate": "modulus at most 1", "anchoring": "none: states are multiplied", "gate_gradient": "direct"}
     if not gates:
         return {"gate": "1", "anchoring": "none", "gate_gradient": "none"}
     logs = all(g.log for g in scan.gates)

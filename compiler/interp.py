@@ -22,7 +22,8 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu, "relu": torch.relu, "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
     "logsigmoid": lambda x: -torch.logaddexp(-x, torch.zeros_like(x)), "abs": torch.abs, "neg": torch.neg,
     "inv_softplus": lambda x: x + torch.log(-torch.expm1(-x)), "floor": lambda x: torch.floor(x).long(),
-    "not": torch.logical_not, "stop": torch.Tensor.detach, "sin": torch.sin, "cos": torch.cos, "re": torch.real, "im": torch.imag,
+    "not": torch.logical_not, "stop": torch.Tensor.detach, "sin": torch.sin, "cos": torch.cos, "re": torch.real,
+    "im": torch.imag,
 }  # fmt: skip
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "+": torch.add, "-": torch.sub, "*": torch.mul, "/": torch.true_divide, "%": torch.remainder, "pow": torch.pow,
@@ -161,7 +162,7 @@ class Interpreter:
             args[1:] = [a.to(self.run.dtype) if node.dtype == "float" else a for a in args[1:]]
             return torch.where(args[0], args[1], args[2])
         if node.dtype == "float":
-            args = [a.to(self.run.dtype) for a in args]
+            args = [a if a.is_complex() else a.to(self.run.dtype) for a in args]
         if node.fn in UNARY:
             return UNARY[node.fn](args[0])
         out = args[0]

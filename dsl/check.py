@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from chunkc.dsl import prelude
@@ -20,6 +22,8 @@ from chunkc.dsl.scope import (
     Setting,
     StateName,
     Stop,
+    Symbol,
+    UnitName,
     Value,
     Work,
 )
@@ -30,60 +34,84 @@ from chunkc.ir.diagnostics import Diagnostic, Report, Span
 from chunkc.ir.graph import Builder, Module, Parameter, Unit
 
 
-def check(file: T.File, name: str, dropped: str = "") -> tuple[Module, list[Diagnostic]]:
-    """The units of a file and all diagnostics; `dropped` is text that did not parse: what it defines is unknown.
+@dataclass(frozen=True)
+class Exports:
+    """What a file gives to those that use it: its layers, ops and functions."""
+
+    names: Mapping[str, Symbol]
+
+
+def check(file: T.File, name: str, dropped: str = "", uses: Mapping[str, Exports] | None = None
+          ) -> tuple[Module, list[Diagnostic], Exports]:  # fmt: skip
+    """The units of a file, all diagnostics, and what other files may use of it. `dropped` is text that did not parse:
+    what it defines is unknown. `uses` are the files that it uses, by path.
 
     The module holds the units without errors."""
     report = Report()
     units: list[Unit] = []
     silenced = frozenset(re.findall(r"[A-Za-z]\w*", dropped))
+    known: dict[str, Symbol] = {}
     try:
-        _check_items(file, silenced, report, units)
+        _check_items(file, silenced, report, units, known, uses or {})
     except Stop:
         pass  # reported, or enough was
     except RecursionError:  # limits on nesting are meant to keep it from happening
         report.error("too-large", "this file is nested too deeply", Span(name, 0, 0))
-    if not units and not report.errors and not dropped:
-        report.error("empty", "the file defines no layer and no op", Span(name, 0, 0))
-    return Module(file=name, units=tuple(units)), report.found
+    own = {i.name.text for i in file.items if isinstance(i, T.UnitDecl | T.FnDecl)}
+    if not own and not report.errors and not dropped:
+        report.error("empty", "the file defines no layer, op or function", Span(name, 0, 0))
+    return Module(file=name, units=tuple(units)), report.found, Exports({n: s for n, s in known.items() if n in own})
 
 
-def _check_items(file: T.File, silenced: frozenset[str], report: Report, units: list[Unit]) -> None:
+def _check_items(file: T.File, silenced: frozenset[str], report: Report, units: list[Unit], known: dict[str, Symbol],
+                 uses: Mapping[str, Exports]) -> None:  # fmt: skip
+    """Fill `units`, and `known` with what can be called: of used files, the functions, and the units as they come."""
     work = Work(report)
-    functions = [i for i in file.items if isinstance(i, T.FnDecl)]
-    named = frozenset(i.name.text for i in file.items if isinstance(i, T.UnitDecl))
-    uses = any(isinstance(i, T.Use) for i in file.items)
-    seen: dict[str, Span] = {}
+    later = {i.name.text for i in file.items if isinstance(i, T.UnitDecl)}
+    for item in file.items:
+        given: dict[str, Symbol] = {}
+        if isinstance(item, T.Use) and item.path in uses:
+            given = dict(uses[item.path].names)
+        elif isinstance(item, T.FnDecl):
+            work.spend(item.span)
+            given = {item.name.text: FunctionName(item, item.name.span, known)}
+        for name, symbol in given.items():
+            if name in prelude.NAMES:
+                report.error("name-taken", f"'{name}' is a function of the language", symbol.span)
+            elif name in known and known[name] != symbol:
+                report.error("name-taken", f"'{name}' is defined twice", item.span,
+                             related=((known[name].span, "first here"),))  # fmt: skip
+            else:
+                known[name] = symbol
     for item in file.items:
         work.spend(item.span)
-        if isinstance(item, T.Later | T.Use):
-            what = item.what if isinstance(item, T.Later) else "use"
-            report.error("not-yet", f"'{what}' is not built by this version", item.span)
+        if isinstance(item, T.Later):
+            report.error("not-yet", f"'{item.what}' is not built by this version", item.span)
         elif isinstance(item, T.UnitDecl):
-            if item.name.text in seen:
-                report.error("name-taken", f"'{item.name.text}' is defined twice", item.name.span,
-                             related=((seen[item.name.text], "first here"),))  # fmt: skip
+            name = item.name.text
+            later.discard(name)
+            if name in known:
+                report.error("name-taken", f"'{name}' is defined twice", item.name.span,
+                             related=((known[name].span, "first here"),))  # fmt: skip
                 continue
-            seen[item.name.text] = item.name.span
             before = len(report.errors)
-            unit = _UnitChecker(item, functions, report, work, silenced, named, uses).run()
-            if unit is not None and len(report.errors) == before:
+            unit = _UnitChecker(item, report, work, silenced, dict(known), frozenset(later)).run()
+            good = unit is not None and len(report.errors) == before
+            known[name] = UnitName(unit, item.name.span) if unit is not None and good else Broken(item.name.span)
+            if unit is not None and good:
                 units.append(unit)
 
 
 class _UnitChecker(Recurrences):
-    def __init__(self, unit: T.UnitDecl, functions: list[T.FnDecl], report: Report, work: Work,
-                 silenced: frozenset[str], named: frozenset[str], uses: bool) -> None:  # fmt: skip
-        super().__init__(report, work, Scope(report, prelude.NAMES, silenced, named, uses))
+    def __init__(self, unit: T.UnitDecl, report: Report, work: Work, silenced: frozenset[str],
+                 known: Mapping[str, Symbol], later: frozenset[str]) -> None:  # fmt: skip
+        super().__init__(report, work, Scope(report, prelude.NAMES, silenced, known, later))
         self.unit = unit
         self.doc: list[str] = []
         self.params: list[Parameter] = []
         self.inputs: list[str] = []
         self.outputs: list[tuple[str, str]] = []
         self.output_spans: dict[str, Span] = {}
-        for fn in functions:
-            work.spend(fn.span)
-            self.scope.declare(fn.name, FunctionName(fn, fn.name.span))
 
     def run(self) -> Unit | None:
         before = len(self.report.errors)

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from chunkc.dsl import prelude
 from chunkc.dsl import tree as T
-from chunkc.dsl.compose import Composed
-from chunkc.dsl.scope import AxisName, BodyValue, FunctionName, Scope, Setting, StateName, Stop, Value, Work
+from chunkc.dsl.scope import AxisName, BodyValue, FunctionName, Scope, Setting, StateName, Stop, UnitName, Value, Work
 from chunkc.dsl.sizes import CONSTANTS, MAX_PARTS, Context, parts
+from chunkc.dsl.units import UnitCalls
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Axis, Size
 from chunkc.ir.diagnostics import Report, Span
@@ -23,7 +23,7 @@ MAX_INLINED = 500  # calls of functions in a unit
 MAX_INLINE_DEPTH = 16
 
 
-class Expressions(Composed):
+class Expressions(UnitCalls):
     """Checks expressions in a scope. `axes` are the unit's axes by name; `within` are the functions being inlined."""
 
     def __init__(self, scope: Scope, report: Report, axes: dict[str, Axis], work: Work,
@@ -79,7 +79,7 @@ class Expressions(Composed):
                 return self.fetch(at, e.span, c)
             axes = () if name == c.bound else (name,)
             return c.builder.add(N.Coord, "", e.span, axis=name, axes=axes, dtype="int")
-        if isinstance(symbol, FunctionName):
+        if isinstance(symbol, FunctionName | UnitName):
             self.report.error("not-a-value", f"'{e.text}' is a function: call it", e.span)
             return None
         if isinstance(symbol, BodyValue):
@@ -179,17 +179,17 @@ class Expressions(Composed):
         if name in prelude.LATER:
             self.later(f"'{name}'", base.span)
             return None
-        symbol = self.scope.names.get(name)
+        symbol = self.scope.known(name)
         if isinstance(symbol, FunctionName):
-            return self.inline(symbol.decl, e, index, c)
+            return self.inline(symbol, e, index, c)
+        if isinstance(symbol, UnitName):
+            return self.call_unit(symbol.unit, e, index, c)
         if isinstance(symbol, AxisName):
             return self.coordinate_of(symbol.axis, e, index, c)
         spec = prelude.ELEMENTWISE.get(name) if index is None else None
         spec = spec or prelude.FUNCTIONS.get(name)
         if spec is None:
-            if symbol is None and self.scope.uses and name not in prelude.CONSTANTS:
-                self.later(f"calling '{name}' of another file", base.span)
-            elif name in prelude.CONSTANTS or self.scope.find(base) is not None:
+            if name in prelude.CONSTANTS or self.scope.find(base) is not None:
                 self.report.error("not-a-function", f"'{name}' is no function", base.span)
             return None
         split = self.arguments(spec, e)
@@ -267,8 +267,9 @@ class Expressions(Composed):
             return None
         return self.over_axes(name, [a for a in args if a], [a.value for a in positional], axes, e.span, c)
 
-    def inline(self, decl: T.FnDecl, e: T.CallExpr, index: T.Index | None, c: Context) -> str | None:
+    def inline(self, fn: FunctionName, e: T.CallExpr, index: T.Index | None, c: Context) -> str | None:
         """A call of an `fn`: its body over the caller's axes and arguments."""
+        decl = fn.decl
         self.inlined += 1
         if self.inlined > MAX_INLINED:
             self.report.error("too-large", f"over {MAX_INLINED} calls of functions", e.span)
@@ -289,8 +290,7 @@ class Expressions(Composed):
             self.report.error("bad-call", f"'{decl.name.text}' works on {works} and takes {takes}", e.span,
                               related=((decl.span, "the function"),))  # fmt: skip
             return None
-        inner = Scope(self.report, self.scope.reserved, self.scope.silenced, self.scope.units, self.scope.uses)
-        inner.names = {n: s for n, s in self.scope.names.items() if isinstance(s, FunctionName)}
+        inner = Scope(self.report, self.scope.reserved, self.scope.silenced, fn.known)
         for own, (name, at) in zip(decl.axes, axes):
             inner.declare(own, AxisName(self.axes[name], at.span))
         for param, value in self.bind_arguments(decl, e, c):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from chunkc.dsl import tree as T
 from chunkc.ir.axes import Axis, DType, Size
 from chunkc.ir.diagnostics import Report, Span
+from chunkc.ir.graph import Unit
 
 MAX_WORK = 40_000
 MAX_FOUND = 100
@@ -61,7 +63,18 @@ class Setting:
 
 @dataclass(frozen=True)
 class FunctionName:
+    """A function, with the functions that its own file knows."""
+
     decl: T.FnDecl
+    span: Span
+    known: Mapping[str, Symbol] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class UnitName:
+    """A layer or op that can be called."""
+
+    unit: Unit
     span: Span
 
 
@@ -94,7 +107,7 @@ class Work:
             raise Stop
 
 
-Symbol = AxisName | Value | StateName | BodyValue | Setting | FunctionName | Broken
+Symbol = AxisName | Value | StateName | BodyValue | Setting | FunctionName | UnitName | Broken
 
 
 @dataclass
@@ -104,8 +117,8 @@ class Scope:
     report: Report
     reserved: frozenset[str]
     silenced: frozenset[str] = frozenset()
-    units: frozenset[str] = frozenset()  # layers and ops: they can be named, not used yet
-    uses: bool = False  # whether other files may define what is called
+    outside: Mapping[str, Symbol] = field(default_factory=dict)  # layers, ops and functions of this and used files
+    later: frozenset[str] = frozenset()  # layers and ops that stand further down
     names: dict[str, Symbol] = field(default_factory=dict)
 
     def declare(self, name: T.Name, symbol: Symbol) -> bool:
@@ -123,15 +136,19 @@ class Scope:
         self.names[name.text] = symbol
         return True
 
+    def known(self, name: str) -> Symbol | None:
+        """What the name stands for in the unit, else outside it; None if nothing."""
+        return self.names.get(name) or self.outside.get(name)
+
     def find(self, name: T.Name) -> Symbol | None:
         """What the name stands for; reports an unknown one."""
-        symbol = self.names.get(name.text)
+        symbol = self.known(name.text)
         if symbol is None and name.text not in self.silenced:
-            if name.text in self.units:
-                self.report.error("not-yet", f"use of the layer or op '{name.text}' is not built by this version",
-                                  name.span)  # fmt: skip
+            if name.text in self.later:
+                self.report.error("unknown-name", f"'{name.text}' is defined further down", name.span,
+                                  hints=("define it before it is used",))  # fmt: skip
                 return None
-            known = [*self.names, *self.reserved]
+            known = [*self.names, *self.outside, *self.reserved]
             short = len(known) < MAX_NEAR and len(name.text) < 64
             near = difflib.get_close_matches(name.text, known, 1) if short else []
             hints = (f"did you mean '{near[0]}'?",) if near else ()

@@ -44,6 +44,18 @@ class Size(Frozen):
             return (str(self.value),)
         return tuple(dict.fromkeys(name for arg in self.args for name in arg.params()))
 
+    def substituted(self, sizes: Mapping[str, Size]) -> Size:
+        """The same number with other sizes in the place of parameters; computed where nothing is left open."""
+        if self.op == "param":
+            return sizes.get(str(self.value), self)
+        if not self.args:
+            return self
+        new = self.evolve(args=tuple(a.substituted(sizes) for a in self.args))
+        try:
+            return Size(op="const", value=new.evaluate({})) if not new.params() else new
+        except SizeError:
+            return new
+
     def evaluate(self, env: Mapping[str, Number]) -> int | float:
         """Its value. Raises SizeError where `/` leaves a remainder between integers or nothing is defined."""
         if self.op == "const":

@@ -26,11 +26,13 @@ class Span:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file's text under the name that diagnostics show."""
+    """A file's text under the name that diagnostics show; `used` are the files that it uses, themselves or through
+    others, those first that others need."""
 
     name: str
     text: str
     path: Path | None = None
+    used: tuple[SourceFile, ...] = ()
 
     @staticmethod
     def read(path: Path, name: str | None = None) -> SourceFile:
@@ -53,6 +55,14 @@ class SourceFile:
             ) from None
         except (UnicodeDecodeError, ValueError):
             raise CompileError([error("cannot-read", f"'{shown}' is not UTF-8 text", span)]) from None
+
+    def of(self, file: str) -> SourceFile:
+        """The file of this name: itself, or one that it uses."""
+        return next((s for s in self.used if s.name == file), self)
+
+    def place(self, span: Span | None) -> str:
+        """File and line of a span, `name.spec:14`; empty without one."""
+        return "" if span is None else f"{span.file}:{self.of(span.file).position(span.start)[0]}"
 
     def position(self, offset: int) -> tuple[int, int]:
         """Line and column of an offset, both counted from 1."""

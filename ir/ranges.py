@@ -182,6 +182,54 @@ class Ranges:
             return (0.0, math.inf)
         return (ends[0], ends[1])
 
+    # -- complex numbers ---------------------------------------------------------------------------------------------
+
+    def real_part(self, id_: str) -> Interval:
+        """An interval that holds the real part."""
+        node = self.nodes[id_]
+        if isinstance(node, N.Capture) and self.outer is not None and node.outer in self.outer.nodes:
+            return self.outer.real_part(node.outer)
+        if node.dtype != "complex":
+            return self[id_]
+        if isinstance(node, N.Expand | N.Rename):
+            return self.real_part(node.arg)
+        if not isinstance(node, N.Map):
+            return REALS
+        if node.fn in ("complex", "as", "stop"):
+            return self.real_part(node.args[0])
+        if node.fn == "neg":
+            low, high = self.real_part(node.args[0])
+            return (-high, -low)
+        if node.fn in ("+", "-"):
+            a, b = (self.real_part(x) for x in node.args)
+            return (a[0] + b[0], a[1] + b[1]) if node.fn == "+" else (a[0] - b[1], a[1] - b[0])
+        reals = [x for x in node.args if self.nodes[x].dtype != "complex"]
+        if node.fn == "*" and reals:
+            other = next(x for x in node.args if x != reals[0])
+            return _products(self[reals[0]], self.real_part(other))
+        return REALS
+
+    def modulus(self, id_: str) -> float:
+        """A bound that no value's modulus exceeds."""
+        node = self.nodes[id_]
+        if isinstance(node, N.Capture) and self.outer is not None and node.outer in self.outer.nodes:
+            return self.outer.modulus(node.outer)
+        if node.dtype != "complex":
+            return max(abs(x) for x in self[id_])
+        if isinstance(node, N.Expand | N.Rename):
+            return self.modulus(node.arg)
+        if not isinstance(node, N.Map):
+            return math.inf
+        if node.fn == "exp":
+            return _exp(self.real_part(node.args[0])[1])
+        if node.fn in ("as", "stop", "neg"):
+            return self.modulus(node.args[0])
+        if node.fn == "*":
+            return _mul(self.modulus(node.args[0]), self.modulus(node.args[1]))
+        if node.fn == "complex":
+            return math.hypot(self.modulus(node.args[0]), self.modulus(node.args[1]))
+        return math.inf
+
     # -- sums of products that share factors -------------------------------------------------------------------------
 
     def _expand(self, id_: str, depth: int = 0) -> dict[tuple[str, ...], float]:

@@ -84,16 +84,19 @@ def reference(unit: Unit, case: Case, inputs: dict[str, Tensor], weights: dict[s
     """float64, a sequence and a token at a time: outputs [tokens, ...] and final states [N, ...]."""
     outputs: dict[str, list[Tensor]] = {}
     finals: dict[str, list[Tensor]] = {}
-    start = 0
+    start, shapes = 0, state_shapes(unit, case)
     for k, length in enumerate(case.lengths):
         tensors = {name: x[start : start + length] for name, x in inputs.items()}
         run = Run(case.settings, {**tensors, **weights}, {a.space: length for a in unit.graph.axes},
                   {name: s[k] for name, s in initial.items()})  # fmt: skip
         out, fin = interpret(unit, run)
         for name, x in out.items():
-            timed = any(unit.graph.axis[a].is_sequence for a in unit.graph[dict(unit.graph.outputs)[name]].axes)
-            outputs.setdefault(name, []).append(x if timed else x[None])
+            axes = unit.graph[dict(unit.graph.outputs)[name]].axes
+            timed = [k for k, a in enumerate(axes) if unit.graph.axis[a].is_sequence]
+            outputs.setdefault(name, []).append(x.movedim(timed[0], 0) if timed else x[None])
         for name, x in fin.items():
+            if name not in shapes:
+                continue
             finals.setdefault(name, []).append(x[None])
         start += length
     return ({n: torch.cat(x) for n, x in outputs.items()}, {n: torch.cat(x) for n, x in finals.items()})
@@ -124,15 +127,24 @@ def call(module: ModuleType, unit: Unit, case: Case, inputs: dict[str, Tensor], 
         layer = getattr(module, unit.name)(**own, device=case.device, dtype=case.dtype)
         named = dict(layer.named_parameters())
         assert {n.rstrip("_") for n in named} == {n.rstrip("_") for n in weights}, (sorted(named), sorted(weights))
+        fields = state_shapes(unit, case)
+        if not hasattr(layer, "init_state"):
+            result = torch.func.functional_call(layer, weights, tuple(shaped.values()), extra)
+            return by_name(unit, result if isinstance(result, tuple) else (result,)), {}
         start = layer.init_state(count, next(iter(initial.values())).dtype if initial else torch.float32)
         start = start.__class__(**{**start.__dict__, **initial})
         *result, state = torch.func.functional_call(layer, weights, (*shaped.values(), start), extra)
-        finals = {n: getattr(state, n) for n in state_shapes(unit, case)}
+        finals = {n: getattr(state, n) for n in fields}
+    return by_name(unit, result), finals
+
+
+def by_name(unit: Unit, result: Sequence[Tensor]) -> dict[str, Tensor]:
+    """A call's outputs, [tokens, ...] where they are over a sequence."""
     outputs = {}
     for (name, id_), x in zip(unit.graph.outputs, result):
         timed = any(unit.graph.axis[a].is_sequence for a in unit.graph[id_].axes)
         outputs[name] = x.reshape(-1, *x.shape[2:]) if timed else x
-    return outputs, finals
+    return outputs
 
 
 def leaves(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, device: str) -> dict[str, Tensor]:
@@ -162,10 +174,13 @@ def errors(module: ModuleType, semantic: Unit, case: Case) -> dict[str, float]:
     found: dict[str, float] = {}
     for kind, ref, got in (("out", wanted[0], have[0]), ("state", wanted[1], have[1])):
         for name, x in ref.items():
-            y = got[name].to("cpu", torch.float64)
+            y = got[name].to("cpu", torch.complex128 if x.is_complex() else torch.float64)
+            y = y.expand(x.shape) if y.shape == x.shape[1:] else y  # made of parameters alone
             assert y.shape == x.shape, (name, y.shape, x.shape)
             found[f"{kind} {name}"] = worst(y, x, case.dtype)
             if x.requires_grad and y.requires_grad:
+                if x.is_complex():
+                    x, y = torch.view_as_real(x), torch.view_as_real(y)
                 grad = torch.randn(x.shape).to(case.dtype).double()
                 total_w, total_h = total_w + (x * grad).sum(), total_h + (y * grad).sum()
     total_w.backward()  # type: ignore[no-untyped-call]
@@ -187,6 +202,7 @@ def worst(got: Tensor, ref: Tensor, dtype: torch.dtype, per_head: bool = True) -
     if got.dim() < 3 or not per_head:
         got, ref = got.reshape(1, 1, -1), ref.reshape(1, 1, -1)
     got, ref = got.detach(), ref.detach()
+    got, ref = (x if x.is_complex() else x.double() for x in (got, ref))
     if bool(torch.isinf(ref).any()):
         same = torch.isinf(ref) & (got == ref)
         got, ref = got.masked_fill(same, 0), ref.masked_fill(same, 0)

@@ -37,12 +37,19 @@ def axis_size(name: str, value: int | float) -> int:
 
 
 class Weights(torch.nn.Module):
-    """The parameters of one library call, under their names."""
+    """The parameters of one library call, or of a layer that was called, under their dotted names."""
 
     def __init__(self, **parameters: Tensor) -> None:
         super().__init__()
+        inner: dict[str, dict[str, Tensor]] = {}
         for name, value in parameters.items():
-            self.register_parameter(name, torch.nn.Parameter(value))
+            first, _, rest = name.partition(".")
+            if rest:
+                inner.setdefault(first, {})[rest] = value
+            else:
+                self.register_parameter(name, torch.nn.Parameter(value))
+        for name, own in inner.items():
+            self.add_module(name, Weights(**own))
 
 
 class Sequences:
@@ -453,7 +460,7 @@ def take(x: Tensor, index: Tensor, shared: int) -> Tensor:
     n, own, new = x.shape[-1], x.shape[shared:-1], index.shape[shared:]
     both = [max(a, b) if min(a, b) else 0 for a, b in zip(x.shape[:shared], index.shape[:shared])]
     inside = (index >= 0) & (index < n)
-    rows = index.clamp(0, max(n - 1, 0)).flatten(shared)
+    rows = index.clamp(0, max(n - 1, 0)).reshape(*index.shape[:shared], math.prod(new))
     if n == 0:
         return x.new_zeros((*both, *new, *own))
     if all(size == 1 for size in index.shape[:shared]):

@@ -127,7 +127,7 @@ class Placement:
         if gate is None:
             return Plan(states, f"the gate of {state} may grow: it is not proven to lie in [0, 1]")
         overs = {self.reads[r].over for r in self.reads if self.reads[r].state == state}
-        if () in overs or not self.carried[state].axes:
+        if () in overs or not self.carried[state].axes or self.carried[state].dtype == "complex":
             return self.vector(state, gate)
         writes = self.algebra.expand(form.rest) if form.rest is not None else {}
         plan = self.matrix(state, opened, self.opened(writes), overs)
@@ -136,8 +136,11 @@ class Placement:
         return plan or Plan(states, f"a gate, write or read of {state} is no product of two sides")
 
     def is_gate(self, gate: Poly) -> bool:
-        """Whether a factor is proven to lie in [0, 1]."""
-        low, high = self.ranges[self.algebra.build(gate)]
+        """Whether a factor is proven to lie in [0, 1]; of a complex one, the modulus."""
+        id_ = self.algebra.build(gate)
+        if self.lift.nodes[id_].dtype == "complex":
+            return self.ranges.modulus(id_) <= 1
+        low, high = self.ranges[id_]
         return low >= 0 and high <= 1
 
     def joined(self, poly: Poly) -> Poly:
