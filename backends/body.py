@@ -271,5 +271,5 @@ def matrix_scans(graph: Graph) -> list[N.Scan]:
 
 
 def param_name(name: str) -> str:
-    """A parameter's attribute: dots as in the spec's names, keywords with an underscore."""
+    """What an op's body calls a parameter."""
     return ".".join(identifier(part) for part in name.split("."))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from chunkc.backends.scan import scan_form
 from chunkc.backends.torch.scan import emit_scan
 from chunkc.backends.triton.emit import emit_kernels, prefix_of
 from chunkc.backends.unit import UnitEmitter
-from chunkc.backends.writer import Lines, Writer, identifier
+from chunkc.backends.writer import MODULE_NAMES, Lines, Writer, identifier, public
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Number
 from chunkc.ir.diagnostics import SourceFile
@@ -26,11 +27,12 @@ CHUNKS = Path(__file__).parent / "torch" / "chunks.py"
 def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[str, Number]) -> dict[str, str]:
     """The files of the package for these units at the normal level, by name; `settings` replace defaults."""
     lines = Lines(source)
+    names = [{identifier(p.name): p.name for p in u.params} for u in units]
     units = tuple(_safe_names(u) for u in units)
     settings = {identifier(name): value for name, value in settings.items()}
     head = f'"""Made by chunkc from {source.name}. Edits are lost when it is built again."""\n'
     return {
-        "__init__.py": head + "\n" + _modules(units, lines, settings),
+        "__init__.py": head + "\n" + _modules(units, names, lines, settings),
         "_torch.py": head + "\n" + _torch(units, lines),
         "_kernels.py": head + "\n" + emit_kernels(units, lines),
         "_checks.py": CHECKS.read_text(encoding="utf-8"),
@@ -101,6 +103,7 @@ def _axes(graph: Graph) -> dict[str, tuple[str, ...]]:
     return {n.id: n.axes for n in graph.nodes}
 
 
+MODULES = ("math", "torch", "nn", "F")
 CHECK_NAMES = (
     "check_offsets",
     "check_packing",
@@ -117,10 +120,13 @@ RUNTIME_NAMES = (
 )  # fmt: skip
 
 
-def _modules(units: tuple[Unit, ...], lines: Lines, settings: Mapping[str, Number]) -> str:
+def _modules(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines, settings: Mapping[str, Number]) -> str:
+    """`__init__.py`; `names` are the spec's for each unit's parameters."""
     body = Writer()
-    _module_body(units, lines, settings, body)
-    used = set(re.findall(r"\w+", body.text()))
+    _module_body(units, names, lines, settings, body)
+    shown = {public(n.name) for u in units for n in u.graph.of_kind(N.Input, N.Param)}
+    written, hidden = _unshadowed(body.text(), shown | {public(p) for given in names for p in given.values()})
+    used = set(re.findall(r"\w+", written))
     w = Writer()
     w("from __future__ import annotations")
     w()
@@ -147,10 +153,32 @@ def _modules(units: tuple[Unit, ...], lines: Lines, settings: Mapping[str, Numbe
             w(f"    {name},")
     w(")")
     w()
-    return w.text() + "\n" + body.text()
+    head = w.text()
+    for name, alias in hidden.items():
+        if alias.startswith("_builtins."):
+            continue
+        head = re.sub(rf"^import {name}$", f"import {name} as {alias}", head, flags=re.M)
+        head = re.sub(rf"^(from .* import .*)\b{name}\b(?! as)", rf"\1{name} as {alias}", head, flags=re.M)
+        head = re.sub(rf"^    {name},$", f"    {name} as {alias},", head, flags=re.M)
+    if any(alias.startswith("_builtins.") for alias in hidden.values()):
+        first = "from __future__ import annotations\n"
+        head = head.replace(first, f"{first}\nimport builtins as _builtins\n")
+    return head + "\n" + written
 
 
-def _module_body(units: tuple[Unit, ...], lines: Lines, settings: Mapping[str, Number], w: Writer) -> None:
+def _unshadowed(text: str, names: set[str]) -> tuple[str, dict[str, str]]:
+    """The module's text with other names for what names in a signature would hide, and these other names."""
+    hidden: dict[str, str] = {}
+    for name in sorted(names & MODULE_NAMES):
+        alias = f"_builtins.{name}" if hasattr(builtins, name) else f"_the_{name}"
+        new = re.sub(rf"(?<![.\w]){name}(?=\()" if name not in MODULES else rf"(?<![.\w]){name}(?=\.)", alias, text)
+        if new != text:
+            text, hidden[name] = new, alias
+    return text, hidden
+
+
+def _module_body(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines, settings: Mapping[str, Number],
+                 w: Writer) -> None:  # fmt: skip
     exported = sorted(identifier(u.name) for u in units)
     w("__all__ = [" + ", ".join(f'"{n}"' for n in exported) + "]")
     w()
@@ -162,7 +190,7 @@ def _module_body(units: tuple[Unit, ...], lines: Lines, settings: Mapping[str, N
             w()
             w("return _kernels")
         w("return _torch")
-    for unit in units:
+    for unit, given in zip(units, names):
         w()
         w()
-        UnitEmitter(unit, lines, w, settings, prefix_of(unit, units)).emit()
+        UnitEmitter(unit, given, lines, w, settings, prefix_of(unit, units)).emit()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import keyword
 import math
 from collections.abc import Mapping
 
 from chunkc.backends.body import Body, param_name
 from chunkc.backends.layout import EACH, NOWHERE, sequence_names
 from chunkc.backends.states import WHAT, StateField, fields, positioned, whole_reason
-from chunkc.backends.writer import Lines, Writer, identifier, quoted
+from chunkc.backends.writer import Lines, Writer, identifier, public, quoted
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Number, Size
 from chunkc.ir.graph import Unit
@@ -26,9 +27,10 @@ RESERVED = frozenset({
 class UnitEmitter:
     """One layer as an nn.Module, or one op as a function."""
 
-    def __init__(self, unit: Unit, lines: Lines, w: Writer, settings: Mapping[str, Number], prefix: str) -> None:
+    def __init__(self, unit: Unit, names: dict[str, str], lines: Lines, w: Writer, settings: Mapping[str, Number],
+                 prefix: str) -> None:  # fmt: skip
         self.unit, self.lines, self.w, self.prefix = unit, lines, w, prefix
-        self.graph = unit.graph
+        self.graph, self.given_names = unit.graph, names
         self.name = identifier(unit.name)
         self.params = [
             p.evolve(default=settings.get(p.name, p.default)) if p.name in settings else p for p in unit.params
@@ -68,7 +70,7 @@ class UnitEmitter:
                 w('"""')
                 w()
                 for f in self.fields:
-                    w(f"{identifier(f.name)}: Tensor")
+                    w(f"{public(f.name)}: Tensor")
                 w("position: Tensor")
             w()
             w()
@@ -85,7 +87,7 @@ class UnitEmitter:
                 w('"""')
                 w()
                 for f in self.fields:
-                    w(f"{identifier(f.name)}: Tensor")
+                    w(f"{public(f.name)}: Tensor")
                 if self.position:
                     w("position: Tensor")
             w()
@@ -94,7 +96,7 @@ class UnitEmitter:
     def field_docs(self) -> None:
         for f in self.fields:
             dims = ", ".join(["N", *([f.rows] if f.rows else []), *f.axes])
-            self.w(f"{identifier(f.name)}: [{dims}], {WHAT[f.kind]}.")
+            self.w(f"{public(f.name)}: [{dims}], {WHAT[f.kind]}.")
 
     def field_shape(self, f: StateField, count: str = "seq.count") -> str:
         return f"({', '.join([count, *([f.rows] if f.rows else []), *f.axes])},)"
@@ -122,7 +124,7 @@ class UnitEmitter:
         out = []
         for p in sorted(self.params, key=lambda p: p.default is not None):
             default = "" if p.default is None else f" = {p.default!r}"
-            out.append(f"{identifier(p.name)}: {p.type}{default}")
+            out.append(f"{self.public(p.name)}: {p.type}{default}")
         return out
 
     # -- layers ------------------------------------------------------------------------------------------------------
@@ -138,6 +140,7 @@ class UnitEmitter:
             parts = ["self", *self.signature(), "*", "device: torch.device | str | None = None",
                      "dtype: torch.dtype | None = None"]  # fmt: skip
             with w.indented(f"def __init__({', '.join(parts)}) -> None:"):
+                self.rebind([p.name for p in self.params])
                 self.constructor()
             w()
             with w.indented("def reset_parameters(self) -> None:"):
@@ -148,10 +151,20 @@ class UnitEmitter:
                 w()
                 self.state_methods()
 
+    def rebind(self, names: list[str]) -> None:
+        """Names of the signature that the body needs for itself, under others."""
+        for name in names:
+            if self.public(name) != identifier(name):
+                self.w(f"{identifier(name)} = {self.public(name)}")
+
+    def public(self, name: str) -> str:
+        """What users call a parameter or tensor that bodies may have under another name."""
+        return public(self.given_names.get(name, name))
+
     def interface_doc(self) -> None:
         w = self.w
         for n in self.inputs:
-            w(f"{identifier(n.name)}: {n.dtype} [{self.dims(n.axes)}].")
+            w(f"{public(n.name)}: {n.dtype} [{self.dims(n.axes)}].")
         for name, id_ in self.outputs:
             w(f"Gives {name}: [{self.dims(self.graph[id_].axes)}].")
         w(f"From {self.lines.place(self.unit.span)}.")
@@ -193,7 +206,8 @@ class UnitEmitter:
         w("self.reset_parameters()")
 
     def attribute(self, name: str) -> str:
-        return ".".join(part + "_" if part in RESERVED else part for part in param_name(name).split("."))
+        parts = (part + "_" if keyword.iskeyword(part) or part in RESERVED else part for part in name.split("."))
+        return ".".join(parts)
 
     def empty(self, n: N.Param) -> str:
         return f"torch.empty(({', '.join(n.axes)}{',' if len(n.axes) == 1 else ''}), **factory)"
@@ -232,7 +246,7 @@ class UnitEmitter:
 
     def forward(self) -> None:
         w = self.w
-        args = [f"{identifier(n.name)}: Tensor" for n in self.inputs]
+        args = [f"{public(n.name)}: Tensor" for n in self.inputs]
         extra = [f"state: {self.name}State | None = None"] if self.fields else []
         extra += ["*", *(f"{name}: Tensor | None = None" for name in self.offsets()), "check: bool = False"]
         outs = ["Tensor"] * len(self.outputs)
@@ -241,10 +255,11 @@ class UnitEmitter:
             result += f" | tuple[{', '.join([*outs, self.name + 'State'])}]"
         with w.indented(f"def forward({', '.join(['self', *args, *extra])}) -> {result}:"):
             w('"""Run over whole sequences; with `state`, resume from it and give the new one too."""')
+            self.rebind([n.name for n in self.inputs])
             self.unpack()
             self.checks()
             for f in self.fields:
-                w(f"state_{identifier(f.name)} = None if state is None else state.{identifier(f.name)}")
+                w(f"state_{identifier(f.name)} = None if state is None else state.{public(f.name)}")
             w("start = None if state is None else state.position" if self.fields else "start = None")
             self.body("self.")
             names = [self.output(id_) for _, id_ in self.outputs]
@@ -364,7 +379,7 @@ class UnitEmitter:
                 with w.indented(f"if len({given}) != {total}:"):
                     w(f'raise ValueError("{who}: initial_state wants {total} tensors")')
             for k, f in enumerate(self.fields):
-                value = f"state.{identifier(f.name)}"
+                value = f"state.{public(f.name)}"
                 if self.unit.kind == "op":
                     value = "initial_state" if total == 1 else f"initial_state[{k}]"
                 kind = "" if f.dtype == "float" else f', "{f.dtype}"'
@@ -399,7 +414,7 @@ class UnitEmitter:
         if not self.steps():
             return
         w()
-        args = [identifier(n.name) for n in self.inputs]
+        args = [public(n.name) for n in self.inputs]
         typed = ", ".join(f"{a}: Tensor" for a in args)
         outs = ", ".join(["Tensor"] * len(self.outputs))
         with w.indented(f"def step(self, {typed}, state: {self.name}State) -> tuple[{outs}, {self.name}State]:"):
@@ -425,15 +440,15 @@ class UnitEmitter:
 
     def op(self) -> None:
         w = self.w
-        tensors = [f"{identifier(n.name)}: Tensor" for n in self.inputs]
-        tensors += [f"{identifier(p.name)}: Tensor" for p in self.weights]
+        tensors = [f"{public(n.name)}: Tensor" for n in self.inputs]
+        tensors += [f"{public(p.name)}: Tensor" for p in self.weights]
         inferred = self.inferred()
         keywords = []
         for p in self.params:
             if p.default is None and p.name in inferred:
-                keywords.append(f"{identifier(p.name)}: {p.type} | None = None")
+                keywords.append(f"{self.public(p.name)}: {p.type} | None = None")
             else:
-                keywords.append(f"{identifier(p.name)}: {p.type}" + ("" if p.default is None else f" = {p.default!r}"))
+                keywords.append(f"{self.public(p.name)}: {p.type}" + ("" if p.default is None else f" = {p.default!r}"))
         state = "Tensor" if len(self.fields) + self.position == 1 else f"{self.name}_state"
         if self.fields:
             keywords += [f"initial_state: {state} | None = None", "output_final_state: bool = False"]
@@ -447,6 +462,9 @@ class UnitEmitter:
             self.interface_doc()
             w("A packed batch has B = 1 and cu_seqlens [N + 1]; states are [N, ...].")
             w('"""')
+            self.rebind(
+                [*(n.name for n in self.inputs), *(n.name for n in self.weights), *(p.name for p in self.params)]
+            )
             for name, text in inferred.items():
                 with w.indented(f"if {identifier(name)} is None:"):
                     w(f"{identifier(name)} = {text}")

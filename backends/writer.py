@@ -67,6 +67,28 @@ def identifier(name: str) -> str:
     return clean + "_" if reserved else clean
 
 
+# What every emitted signature has beside the spec's names.
+SIGNATURE = frozenset(
+    (
+        "self",
+        "state",
+        "device",
+        "dtype",
+        "batch",
+        "check",
+        "cu_seqlens",
+        "initial_state",
+        "output_final_state",
+        "position",
+    )
+)
+
+
+def public(name: str) -> str:
+    """What users call a parameter, input or state of the spec: its own name, unless Python or the signature has it."""
+    return name + "_" if keyword.iskeyword(name) or name in SIGNATURE else name
+
+
 def is_name(id_: str) -> bool:
     """Whether a node's id is a name that the spec gave (or could have given)."""
     return re.fullmatch(r"[A-Za-z]\w*", id_) is not None

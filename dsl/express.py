@@ -58,7 +58,7 @@ class Expressions(UnitCalls):
             if isinstance(value, bool):
                 return c.builder.add(N.Const, "", e.span, size=Size.of(value), dtype="bool")
             return c.builder.const(value, e.span)
-        if e.text in prelude.FUNCTIONS or e.text in prelude.LATER:
+        if e.text in prelude.FUNCTIONS or e.text in (*prelude.LATER, *prelude.RULES):
             self.report.error("not-a-value", f"'{e.text}' is a function: call it", e.span)
             return None
         symbol = self.scope.find(e)
@@ -179,6 +179,9 @@ class Expressions(UnitCalls):
         if name in prelude.LATER:
             self.later(f"'{name}'", base.span)
             return None
+        if name in prelude.RULES:
+            self.report.error("not-a-function", f"'{name}' stands behind 'chunk c of t =' alone", base.span)
+            return None
         symbol = self.scope.known(name)
         if isinstance(symbol, FunctionName):
             return self.inline(symbol, e, index, c)
@@ -227,6 +230,10 @@ class Expressions(UnitCalls):
                    named: dict[str, T.Arg], c: Context) -> str | None:  # fmt: skip
         """A call of a function that names no axes, or of a library function that brings some."""
         if name == "size":
+            symbol = self.scope.known(e.args[0].value.text) if isinstance(e.args[0].value, T.Name) else None
+            if isinstance(symbol, AxisName) and symbol.axis.is_sequence:
+                length = (c.outer or c.builder).add(N.Length, "", e.span, axis=symbol.axis.name, axes=(), dtype="int")
+                return self.fetch(length, e.span, c)
             at = self.number(e)
             return None if at is None else c.builder.const(at, e.span, True)
         if name == "linear":
@@ -330,9 +337,10 @@ class Expressions(UnitCalls):
                 pairs = [(statement.name, statement.value)]
             elif isinstance(statement, T.Declare) and output:
                 pairs = [(b.name, b.value or b.name) for b in statement.binds]
-            elif isinstance(statement, T.Later | T.Axes | T.Chunk):
-                self.later("this statement in a function", statement.span)
-                return None
+            elif isinstance(statement, T.Axes):
+                if not all(inner.inner_axis(a, decl.name.text, c) for a in statement.axes):
+                    return None
+                continue
             if not (pairs or isinstance(statement, T.Doc)) or (output and (len(pairs) > 1 or result is not None)):
                 self.report.error("bad-fn", "a function holds definitions and one output", statement.span)
                 return None
@@ -347,6 +355,29 @@ class Expressions(UnitCalls):
         if result is None:
             self.report.error("bad-fn", f"'{decl.name.text}' has no output", decl.name.span)
         return result
+
+    def inner_axis(self, a: T.AxisDecl, function: str, c: Context) -> bool:
+        """An axis that a function declares: `b = a` or `b = SIZE`, a new one at each call."""
+        self.work.spend(a.span)
+        like = self.scope.known(a.size.text) if isinstance(a.size, T.Name) else None
+        if a.kind is not None or a.groups is not None or a.size is None:
+            self.report.error("bad-fn", "a function declares axes as second names or by size: b = a", a.span)
+            return False
+        if isinstance(like, AxisName):
+            name = f"{function}_{a.name.text}"
+            while name in self.axes:
+                name += "_"
+            axis = like.axis.evolve(name=name)
+            self.axes[name] = axis
+            for builder in (c.builder, c.outer):
+                if builder is not None:
+                    builder.axes[name] = axis
+        else:
+            size = self.whole(a.size, 1, "bad-size", "a size")
+            if size is None:
+                return False
+            axis = self.axes[self.own_axis(f"{function}_{a.name.text}", size, c)]
+        return self.scope.declare(a.name, AxisName(axis, a.name.span))
 
 
 def _count(n: int, one: str, many: str) -> str:

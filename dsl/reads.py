@@ -41,7 +41,22 @@ class Reads(Weights):
             if id_ is None:
                 return None
             id_ = self.read_one(id_, ix, e.span, c)
+            if id_ is not None and isinstance(e.base, T.Name):
+                id_ = self.before_first(e.base, id_, e.span, c)
         return id_
+
+    def before_first(self, base: T.Name, id_: str, span: Span, c: Context) -> str:
+        """A shifted trajectory, which is the state's initial value before the first token."""
+        symbol, node = self.scope.names.get(base.text), c.builder.nodes[id_]
+        if not isinstance(symbol, StateName) or symbol.initial is None or c.outer is not None:
+            return id_
+        if not isinstance(node, N.Shift) or node.arg != symbol.outer or self.axes[node.axis].kind != "time":
+            return id_
+        b = c.builder
+        place = b.add(N.Coord, "", span, axis=node.axis, axes=(node.axis,), dtype="int")
+        early = b.map("<", place, b.const(node.by, whole=True), span=span)
+        out = b.map("where", early, symbol.initial, id_, span=span)
+        return b.add(N.Map, "", span, fn="as", args=(out,), axes=node.axes, dtype=node.dtype)
 
     def state_edge(self, symbol: StateName, e: T.Index, c: Context) -> str | None:
         """A state's last or initial value; None for any other read of its trajectory."""

@@ -62,7 +62,7 @@ def _uses(source: SourceFile) -> list[tuple[str, Span]]:
     try:
         for token in tokens(source):
             if last is not None and last.type == "USE" and token.type == "STRING":
-                start, end = last.start_pos or 0, token.end_pos or 0
+                start, end = token.start_pos or 0, token.end_pos or 0
                 out.append((str(token)[1:-1], Span(source.name, start, end)))
             last = token
     except (CompileError, UnexpectedInput):

@@ -50,11 +50,7 @@ class Weights(Sizes):
             return False
         if isinstance(arg.value, T.Name) and arg.value.text in ("true", "false"):
             return arg.value.text == "true"
-        size = self.size(arg.value)
-        if size is not None and size.params():
-            self.later("a bias that depends on a parameter", arg.value.span)
-        elif size is not None:
-            self.report.error("bad-call", "'bias' is true or false", arg.value.span)
+        self.report.error("bad-call", "'bias' is true or false", arg.value.span)
         return None
 
     def param(self, role: str, axes: tuple[str, ...], fan_in: Size | None, span: Span, c: Context,
@@ -139,7 +135,6 @@ class Weights(Sizes):
         if biased is None:
             return None
         init = named.get("init")
-        bias = self.param("bias", made, fan_in, e.span, c) if biased else None
         if "rank" in named:
             rank = self.whole(named["rank"].value, 1, "bad-size", "a rank")
             if rank is None:
@@ -154,6 +149,7 @@ class Weights(Sizes):
             weight = self.param("weight", (*over, *made), fan_in, e.span, c, init)
         if weight is None:
             return None
+        bias = self.param("bias", made, fan_in, e.span, c) if biased else None
         return b.add(N.Linear, "linear", e.span, arg=arg, weight=weight, bias=bias, over=over, to=made,
                      axes=(*kept, *made))  # fmt: skip
 

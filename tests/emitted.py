@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.stateless import _reparametrize_module
 
 from chunkc.backends.package import emit_files
 from chunkc.driver import compile_source
@@ -128,12 +129,13 @@ def call(module: ModuleType, unit: Unit, case: Case, inputs: dict[str, Tensor], 
         named = dict(layer.named_parameters())
         assert {n.rstrip("_") for n in named} == {n.rstrip("_") for n in weights}, (sorted(named), sorted(weights))
         fields = state_shapes(unit, case)
-        if not hasattr(layer, "init_state"):
-            result = torch.func.functional_call(layer, weights, tuple(shaped.values()), extra)
-            return by_name(unit, result if isinstance(result, tuple) else (result,)), {}
-        start = layer.init_state(count, next(iter(initial.values())).dtype if initial else torch.float32)
-        start = start.__class__(**{**start.__dict__, **initial})
-        *result, state = torch.func.functional_call(layer, weights, (*shaped.values(), start), extra)
+        with _reparametrize_module(layer, weights):  # states may start from weights
+            if not hasattr(layer, "init_state"):
+                result = layer(*shaped.values(), **extra)
+                return by_name(unit, result if isinstance(result, tuple) else (result,)), {}
+            start = layer.init_state(count, next(iter(initial.values())).dtype if initial else torch.float32)
+            start = start.__class__(**{**start.__dict__, **initial})
+            *result, state = layer(*shaped.values(), start, **extra)
         finals = {n: getattr(state, n) for n in fields}
     return by_name(unit, result), finals
 

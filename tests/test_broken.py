@@ -79,7 +79,7 @@ NAMES = [
     ("a function as a value", body("output y = «exp» + x"), "not-a-value"),
     ("a reducer without its argument", body("output y = «sum[e]»"), "not-a-value"),
     ("an output that is an axis", body("output «h»"), "bad-output"),
-    ("a file without layers", "«»fn f[a](x) = x\n", "empty"),
+    ("a file without layers", "«»# nothing\n", "empty"),
     ("a layer without output", body("y = x").replace("layer A", "layer «A»"), "no-output"),
 ]
 
@@ -156,7 +156,11 @@ WEIGHTS = [
     ("a linear over time", body("y = linear[«t» -> h](x)\noutput y"), "bad-call"),
     ("a linear that brings time", body("y = linear[e -> «s»](x)\noutput y"), "bad-call"),
     ("a bias that is no truth value", body("y[t, h] = linear(x, bias = «3»)\noutput y"), "bad-call"),
-    ("a bias by a parameter", body("y[t, h] = linear(x, bias = «wide»)\noutput y"), "not-yet"),
+    ("a bias by a parameter", body("y[t, h] = linear(x, bias = «wide»)\noutput y"), "bad-call"),
+    ("a table of what is no integer", body("y[t, h] = embed(«x», 5)\noutput y"), "type-mismatch"),
+    ("a table without axes", body("y = «embed(c, 5)»\noutput y"), "no-arrow"),
+    ("a table of no rows", body("y[t, h] = embed(c, «0»)\noutput y"), "bad-size"),
+    ("an initial weight over another axis", body("param w[i] = 1\ny[t, h] = linear(x, init = «e * i»)\noutput y"), "axis-mismatch"),
     ("a parameter that linear has not", body("y[t, h] = linear(x, «scale = 2»)\noutput y"), "bad-call"),
     ("a parameter given twice", body("y[t, h] = linear(x, bias = true, «bias = false»)\noutput y"), "bad-call"),
     ("random numbers in a definition", body("output y = x + «uniform(0, 1)»"), "bad-call"),
@@ -171,8 +175,10 @@ READS = [
     ("a read between two positions", body("output y = k[h = «0.5»]"), "bad-read"),
     ("a read between two tokens", body("output y = x[t = t - «0.5»]"), "bad-read"),
     ("a read at a parameter of no name", body("output y = x[t = t - «w»]"), "unknown-name"),
-    ("a read at one token", body("output y = x[«t = 3»]"), "not-yet"),
-    ("a read at a computed position", body("output y = x[«t = c»]"), "not-yet"),
+    ("a read between positions", body("output y = x[t = «x»]"), "type-mismatch"),
+    ("a read of a fixed axis between positions", body("output y = k[h = «x»]"), "type-mismatch"),
+    ("a read without order", body("axes { q: unordered }\ninput z[q, e]\noutput y = z[«q = 1»]"), "bad-read"),
+    ("a coordinate without order", body("axes { q: unordered }\ninput z[q, e]\noutput y = z * «q»"), "bad-read"),
     ("a reducer at a position", body("output y = sum[«e = 1»](x)"), "bad-read"),
     (
         "a read of a param at another step",
@@ -192,9 +198,13 @@ RECURRENCES = [
     ("an output inside", steps("S = S\n«output S»"), "bad-body"),
     ("a sum over the step", steps("S = S + sum[«t»](k)"), "no-axis"),
     ("two weights of a state", steps("S = linear[h, i -> h, i](S)\nS = «linear[h, i -> h, i](S)»"), "hidden-weight"),
-    ("a state of integers", steps("state z: «int»\nS = S"), "not-yet"),
-    ("a recurrence over channels", body("recurrence over «e» {\nstate z\nz = z + 1\n}\noutput y = x"), "not-yet"),
-    ("a recurrence in chunks", body("recurrence over t within «w» {\nstate z\nz = z + 1\n}\noutput y = x"), "not-yet"),
+    ("a state of integers", steps("state z: «int»\nS = S"), "bad-type"),
+    ("a complex update of a real state", steps("S = «complex(S, S)»"), "type-mismatch"),
+    ("a state with a range", steps("state z in [«0, 1»]\nS = S"), "bad-range"),
+    ("a recurrence without order", body("axes { q: unordered }\nrecurrence over «q» {\nstate z\nz = z + 1\n}\noutput y = x"), "not-an-axis"),
+    ("a recurrence in unknown chunks", body("recurrence over t within «w» {\nstate z\nz = z + 1\n}\noutput y = x"), "unknown-name"),
+    ("a recurrence within an axis", body("recurrence over t within «h» {\nstate z\nz = z + 1\n}\noutput y = x"), "not-an-axis"),
+    ("a state over its own step", body("recurrence over e {\nstate «z[e]»\nz = z + 1\n}\noutput y = x"), "bad-state"),
     ("a state outside", body("state «z[h]»\noutput y = x"), "not-yet"),
     (
         "errors inside, before and behind",
@@ -229,8 +239,38 @@ FUNCTIONS = [
     ("a mistake in a function", "fn f[a](x) = x + «z»\n" + body("output y = f[e](x)"), "unknown-name"),
 ]
 
+CHUNKS = [
+    ("no rule", body("chunk w of t = «x»\noutput y = x"), "bad-chunk"),
+    ("an unknown rule", body("chunk w of t = «fix(8)»\noutput y = x"), "bad-chunk"),
+    ("a rule for later", body("chunk w of t = «windows(8, 4)»\noutput y = x"), "not-yet"),
+    ("chunks of a fixed axis", body("chunk w of «e» = fixed(8)\noutput y = x"), "not-an-axis"),
+    ("chunks of no length", body("chunk w of t = fixed(«0»)\noutput y = x"), "bad-size"),
+    ("chunks of two lengths", body("chunk w of t = «fixed(8, 8)»\noutput y = x"), "bad-call"),
+    ("runs of channels", body("chunk w of t = runs(«x»)\noutput y = x"), "axis-mismatch"),
+    ("a rule outside", body("output y = «fixed»(8) * x"), "not-a-function"),
+    ("a reducer by unknown chunks", body("output y = mean[t in «w»](x)"), "unknown-name"),
+    ("a reducer by no chunks", body("output y = mean[t in «h»](x)"), "not-an-axis"),
+    ("the chunk of a tensor", body("chunk w of t = fixed(8)\noutput y[t] = w(«x»)"), "type-mismatch"),
+    ("the first of an axis", body("output y = x * first(«h»)"), "not-an-axis"),
+    ("the groups of a channel", body("output y = «h»(i)"), "not-a-function"),
+    ("a condition that is a number", body("output y = sum[e if «e»](x)"), "type-mismatch"),
+    ("a norm with a condition", body("output y = «rms_norm[e if e < 2](x)»"), "bad-call"),
+    ("a whole chunk read from its start", "causal " + body("chunk w of t = fixed(8)\nm = mean[t in w](x)\noutput y = «m[w = w(t)]»"), "not-causal"),
+    ("chunks that depend on the length", "causal " + body("chunk w of t = parts(8)\noutput y[t] = «w(t)»"), "not-causal"),
+]
+
+COMPOSED = [
+    ("a rotation along time", body("output y = rope[«t»](x, t)"), "no-axis"),
+    ("a rotation by a number", body("output y = rope[e](x, «0.5 * t»)"), "type-mismatch"),
+    ("a rotation of an odd size", body("axes { q = 3 }\nparam w[q] = 1\noutput y = rope[«q»](w * x, t)"), "bad-size"),
+    ("a label that is no integer", body("output y = ce[e](x, «x»)"), "type-mismatch"),
+    ("a loss along time", body("output y = ce[«t»](x, c)"), "no-axis"),
+    ("a complex number in a function", body("output y = re(tanh(«complex(x, x)»))"), "type-mismatch"),
+    ("a complex maximum", body("output y = max[e](«complex(x, x)»)"), "type-mismatch"),
+]
+
 CAUSALITY = [
-    ("a softmax over the sequence", "causal " + body("output y = «softmax[t](x)»"), "not-yet"),
+    ("a softmax over the sequence", "causal " + body("output y = «softmax[t](x)»"), "not-causal"),
     ("a sum over the sequence", "causal " + body("w = «sum[t](x)»\noutput y = x * w"), "not-causal"),
     ("the next token", "causal " + body("output y = «x[t = t + 1]» - x"), "not-causal"),
     (
@@ -247,19 +287,17 @@ CAUSALITY = [
 
 LATER = [
     ("attention", body("«attention» o[t, h, i] over s {\nlogit = 1\n}\noutput o"), "not-yet"),
-    ("a chunk", body("«chunk w of t = fixed(8)»\noutput y = x"), "not-yet"),
     ("an order", body("«order» r of t by x\noutput y = x"), "not-yet"),
     ("a pick", body("«pick» p of t by x keep top(3)\noutput y = x"), "not-yet"),
     ("a parallel layout", body("output y = x") + "\n«parallel» {\nmesh { a, b }\n}", "not-yet"),
-    ("a use", '«use "a.spec"»\n' + body("output y = «Other»(x)"), "not-yet not-yet"),
-    ("a layer's call", body("output x") + "\n" + body("output y = «A»(x)").replace("layer A", "layer B"), "not-yet"),
-    ("a rotation", body("output y = «rope»[i](k, t)"), "not-yet"),
+    ("a use without a file", 'use «"a.spec"»\n' + body("output y = x"), "bad-use"),
     ("a membership", body("output y = where(«t in s», 1, 0)"), "not-yet"),
-    ("a reducer by chunks", body("output y = mean[«t in w»](x)"), "not-yet"),
-    ("a reducer with a condition", body("output y = mean[«e if e < 2»](x)"), "not-yet"),
 ]
 
-TABLE = [*SYNTAX, *NAMES, *AXES, *TYPES, *SIZES, *WEIGHTS, *READS, *RECURRENCES, *FUNCTIONS, *CAUSALITY, *LATER]
+TABLE = [
+    *SYNTAX, *NAMES, *AXES, *TYPES, *SIZES, *WEIGHTS, *READS, *RECURRENCES, *FUNCTIONS, *CHUNKS, *COMPOSED,
+    *CAUSALITY, *LATER,
+]  # fmt: skip
 
 
 def unmarked(marked: str) -> tuple[str, list[tuple[int, int]]]:

@@ -114,8 +114,8 @@ def test_the_prelude_is_whole() -> None:
     """Were a row to differ, this shows what the page should say."""
     text = section("Prelude")
     have = [line for line in text.splitlines() if re.match(r"\| `\w+` \| ", line)]
-    assert have == rows(prelude.ELEMENTWISE, prelude.REDUCERS, prelude.NORMALISERS, prelude.WEIGHTED, prelude.INITIAL,
-                        prelude.SIZES)  # fmt: skip
+    assert have == rows(prelude.ELEMENTWISE, prelude.REDUCERS, prelude.NORMALISERS, prelude.POSITIONED,
+                        prelude.WEIGHTED, prelude.INITIAL, prelude.SIZES)  # fmt: skip
     assert "Constants: " + ", ".join(f"`{c}`" for c in prelude.CONSTANTS) + "." in text
     later = re.search(r"^\| prelude \| (.*) \|$", section("Not built yet"), re.M)
     assert later is not None and later[1].replace("`", "").split() == list(prelude.LATER)
@@ -132,29 +132,21 @@ def test_the_reserved_words_are_whole() -> None:
 @pytest.mark.parametrize(
     ("what", "body"),
     [
-        ("'use'", 'use "x.spec"'),
         ("'parallel'", "parallel { }"),
-        ("'chunk'", "chunk c of t = fixed(4)"),
-        ("'within'", "recurrence over t within c { state s\n s = x }"),
-        ("a reducer chunk by chunk", "y = sum[t in c](x)"),
+        ("chunks by 'windows'", "chunk c of t = windows(4, 2)"),
+        ("chunks by 'cut'", "chunk c of t = cut(x, max = 3)"),
+        ("chunks by 'powers'", "chunk c of t = powers"),
         ("'attention'", "attention o over t { logit = x }"),
         ("'in' with a list", "y = x in x"),
-        ("no time axis", "recurrence over e { state s\n s = x }"),
         ("across calls", "state s[e]"),
-        ("a state of type", "recurrence over t { state s[e]: complex\n s = x }"),
-        ("computed position", "y = x[e = t]"),
-        ("computed position", "y = x[t = t - e]"),
-        ("diagonal", "y = (x * x[e = f])[e = f]"),
-        ("a param of type", "param w[e]: int"),
-        ("a param with a range", "param w[e] in [0, 1]"),
-        ("an output of type", "output x: int"),
-        ("a bias that depends", "y[t, e] = linear(x, bias = flag)"),
-        ("'rope'", "y = rope[e](x, t)"),
+        ("over two sequence axes", "k[s, e] = x\n output y = x * k"),
+        ("what the recurrence computes", "recurrence over t { state z[e]\n z = z + (z + x)[t = t - 1] }"),
+        ("'grad'", "y = grad(x)"),
     ],
 )
 def test_what_is_not_built_says_so(what: str, body: str) -> None:
-    outside = body.startswith(("use", "parallel"))
-    text = "op a(flag: bool = true) {\n  axes { t: time, e = 4, f = e }\n  input x[t, e]\n"
+    outside = body.startswith("parallel")
+    text = "op a(flag: bool = true) {\n  axes { t: time, s = t, e = 4 }\n  input x[t, e]\n"
     text += ("" if outside else body) + "\n  output x\n}\n" + (body if outside else "")
     with pytest.raises(CompileError) as caught:
         compile_source(SourceFile("page.spec", text))

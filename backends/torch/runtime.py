@@ -217,13 +217,16 @@ class Sequences:
     # -- a token at a time -------------------------------------------------------------------------------------------
 
     def padded(self, x: Tensor) -> Tensor:
-        """[B, T, ...] as one row a sequence [N, longest, ...]."""
+        """[B, T, ...] as one row a sequence [N, longest, ...].
+
+        Beyond a sequence's end stand copies of its last token, where there is one: what is computed of them is left
+        out afterwards, and zeros may have gradients that are not finite."""
         if not self.packed:
             return x
-        token, inside = self._rows()
+        token, _ = self._rows()
         flat = x.reshape(self.rows * self.tokens, *x.shape[2:])
-        beyond = ~inside.view(*inside.shape, *[1] * (flat.dim() - 1))
-        return flat[token.clamp(max=max(flat.shape[0] - 1, 0))].masked_fill(beyond, 0)
+        last = (self.offsets[1:] - 1).clamp(min=0)
+        return flat[torch.minimum(token, last[:, None])]
 
     def unpadded(self, x: Tensor) -> Tensor:
         """The tokens of `padded` back in their rows."""
