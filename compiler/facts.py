@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from chunkc.backends.states import whole_reason
 from chunkc.driver import Compiled
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Number, Size
@@ -14,6 +15,7 @@ from chunkc.ir.graph import Graph, Unit
 from chunkc.ir.ranges import Ranges
 
 SCHEMA = 1
+BYTES = {"bfloat16": 2, "float32": 4}
 
 
 def facts(compiled: Compiled) -> list[dict[str, Any]]:
@@ -41,11 +43,16 @@ def _unit(source: SourceFile, semantic: Unit, unit: Unit) -> dict[str, Any]:
              "causality": "looks ahead" if name in unit.looks_ahead else "causal"}
             for name, id_ in graph.outputs
         ],
-        "step": not unit.looks_ahead,
+        "step": not unit.looks_ahead and not whole_reason(unit),
+        "resumes": not whole_reason(unit),
+        "whole_because": whole_reason(unit),
+        "chunks": [{"name": n.chunk, "of": graph.axis[n.chunk].parent, "rule": n.rule, "line": _place(source, n.span)}
+                   for n in graph.of_kind(N.Segment)],
         "sizes": {a.name: a.size.text() for a in graph.axes if a.size is not None},
         "recurrences": list(_recurrences(source, graph)),
         "operations": _cost_data(operations(graph)),
         "least_elements": _cost_data(elements(graph)),
+        "least_bytes": {dtype: _cost_data(bytes_moved(graph, size)) for dtype, size in BYTES.items()},
     }  # fmt: skip
 
 
@@ -66,6 +73,8 @@ def _recurrences(source: SourceFile, graph: Graph) -> Iterable[dict[str, Any]]:
                 "states": [c.name for c in node.carried],
                 "line": _place(source, node.span),
                 "form": "sequential",
+                "over": node.axis,
+                "within": node.within,
                 "reason": node.reason,
                 "state": [_state(graph, c.name, c.axes) for c in node.carried],
             }
@@ -78,6 +87,8 @@ def _scan(source: SourceFile, graph: Graph, scan: N.Scan, ranges: Ranges) -> dic
         "states": [scan.name],
         "line": _place(source, scan.span),
         "form": "chunk",
+        "over": scan.axis,
+        "within": scan.within,
         "transition": {
             "algebra": scan.algebra,
             "structure": _structure(scan, gates),
@@ -171,7 +182,7 @@ def operations(graph: Graph) -> Cost:
 
 def _timed(graph: Graph, node: N.AnyNode) -> bool:
     """Whether a value is computed anew for each token; in a recurrence's body all are."""
-    return any(graph.axis[a].kind == "time" for a in node.axes) or bool(graph.of_kind(N.State))
+    return any(graph.axis[a].is_sequence for a in node.axes) or bool(graph.of_kind(N.State))
 
 
 def elements(graph: Graph) -> Cost:
@@ -180,6 +191,11 @@ def elements(graph: Graph) -> Cost:
     for node in [*graph.of_kind(N.Input), *(graph[id_] for _, id_ in graph.outputs)]:
         _add(cost, 1, graph, node.axes)
     return cost
+
+
+def bytes_moved(graph: Graph, size: int) -> Cost:
+    """Bytes that cross memory at least, a token, for elements of this size."""
+    return {axes: size * count for axes, count in elements(graph).items()}
 
 
 def evaluate(cost: Cost, graph: Graph, settings: Mapping[str, Number]) -> int:
@@ -212,24 +228,30 @@ def render_facts(found: list[dict[str, Any]]) -> str:
             out.append(f"  input   {t['name']}[{', '.join(t['axes'])}]  ({t['line']})")
         for t in unit["outputs"]:
             out.append(f"  output  {t['name']}[{', '.join(t['axes'])}]: {t['causality']}  ({t['line']})")
+        for c in unit["chunks"]:
+            out.append(f"  chunks  {c['name']} of {c['of']}: {c['rule']}  ({c['line']})")
         for r in unit["recurrences"]:
             out += _render_recurrence(r)
         out.append(f"  a token takes {_cost_text(unit['operations'])} operations")
-        out.append(f"  and moves at least {_cost_text(unit['least_elements'])} elements")
-        out.append(f"  step(): {'yes' if unit['step'] else 'no, an output looks ahead'}")
+        out.append(f"  and moves at least {_cost_text(unit['least_elements'])} elements: "
+                   f"{_cost_text(unit['least_bytes']['bfloat16'])} bytes in bfloat16")  # fmt: skip
+        why = unit["whole_because"] or "an output looks ahead"
+        out.append(f"  step(): {'yes' if unit['step'] else f'no, {why}'}")
         out.append("")
     return "\n".join(out).rstrip() + "\n"
 
 
 def _render_recurrence(r: dict[str, Any]) -> list[str]:
     names = " and ".join(r["states"])
+    within = f", anew in each chunk {r['within']}" if r["within"] else ""
     if r["form"] == "sequential":
-        out = [f"  {names}: one token at a time  ({r['line']})", f"    reason      {r['reason']}"]
+        out = [f"  {names}: one step of {r['over']} at a time{within}  ({r['line']})",
+               f"    reason      {r['reason']}"]  # fmt: skip
     else:
         t, n = r["transition"], r["numerics"]
         gates = f"  ({', '.join(g for g in t['gates'] if g)})" if any(t["gates"]) else ""
         out = [
-            f"  {names}: chunk form  ({r['line']})",
+            f"  {names}: chunk form{within}  ({r['line']})",
             f"    transition  {t['algebra']}, {t['structure']}, {t['dependence']}, {t['field']}{gates}",
             f"    numerics    gate {n['gate']}; anchoring {n['anchoring']}; gradient {n['gate_gradient']}",
         ]

@@ -160,7 +160,11 @@ WEIGHTS = [
     ("a table of what is no integer", body("y[t, h] = embed(«x», 5)\noutput y"), "type-mismatch"),
     ("a table without axes", body("y = «embed(c, 5)»\noutput y"), "no-arrow"),
     ("a table of no rows", body("y[t, h] = embed(c, «0»)\noutput y"), "bad-size"),
-    ("an initial weight over another axis", body("param w[i] = 1\ny[t, h] = linear(x, init = «e * i»)\noutput y"), "axis-mismatch"),
+    (
+        "an initial weight over another axis",
+        body("param w[i] = 1\ny[t, h] = linear(x, init = «e * i»)\noutput y"),
+        "axis-mismatch",
+    ),
     ("a parameter that linear has not", body("y[t, h] = linear(x, «scale = 2»)\noutput y"), "bad-call"),
     ("a parameter given twice", body("y[t, h] = linear(x, bias = true, «bias = false»)\noutput y"), "bad-call"),
     ("random numbers in a definition", body("output y = x + «uniform(0, 1)»"), "bad-call"),
@@ -201,9 +205,21 @@ RECURRENCES = [
     ("a state of integers", steps("state z: «int»\nS = S"), "bad-type"),
     ("a complex update of a real state", steps("S = «complex(S, S)»"), "type-mismatch"),
     ("a state with a range", steps("state z in [«0, 1»]\nS = S"), "bad-range"),
-    ("a recurrence without order", body("axes { q: unordered }\nrecurrence over «q» {\nstate z\nz = z + 1\n}\noutput y = x"), "not-an-axis"),
-    ("a recurrence in unknown chunks", body("recurrence over t within «w» {\nstate z\nz = z + 1\n}\noutput y = x"), "unknown-name"),
-    ("a recurrence within an axis", body("recurrence over t within «h» {\nstate z\nz = z + 1\n}\noutput y = x"), "not-an-axis"),
+    (
+        "a recurrence without order",
+        body("axes { q: unordered }\nrecurrence over «q» {\nstate z\nz = z + 1\n}\noutput y = x"),
+        "not-an-axis",
+    ),
+    (
+        "a recurrence in unknown chunks",
+        body("recurrence over t within «w» {\nstate z\nz = z + 1\n}\noutput y = x"),
+        "unknown-name",
+    ),
+    (
+        "a recurrence within an axis",
+        body("recurrence over t within «h» {\nstate z\nz = z + 1\n}\noutput y = x"),
+        "not-an-axis",
+    ),
     ("a state over its own step", body("recurrence over e {\nstate «z[e]»\nz = z + 1\n}\noutput y = x"), "bad-state"),
     ("a state outside", body("state «z[h]»\noutput y = x"), "not-yet"),
     (
@@ -255,8 +271,16 @@ CHUNKS = [
     ("the groups of a channel", body("output y = «h»(i)"), "not-a-function"),
     ("a condition that is a number", body("output y = sum[e if «e»](x)"), "type-mismatch"),
     ("a norm with a condition", body("output y = «rms_norm[e if e < 2](x)»"), "bad-call"),
-    ("a whole chunk read from its start", "causal " + body("chunk w of t = fixed(8)\nm = mean[t in w](x)\noutput y = «m[w = w(t)]»"), "not-causal"),
-    ("chunks that depend on the length", "causal " + body("chunk w of t = parts(8)\noutput y[t] = «w(t)»"), "not-causal"),
+    (
+        "a whole chunk read from its start",
+        "causal " + body("chunk w of t = fixed(8)\nm = mean[t in w](x)\noutput y = «m[w = w(t)]»"),
+        "not-causal",
+    ),
+    (
+        "chunks that depend on the length",
+        "causal " + body("chunk w of t = parts(8)\noutput y[t] = «w(t)»"),
+        "not-causal",
+    ),
 ]
 
 COMPOSED = [

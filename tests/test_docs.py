@@ -31,8 +31,8 @@ class Block:
     text: str
 
     def says(self, key: str) -> str | None:
-        """What the first line's comment says: `# key: value`."""
-        found = re.match(rf"# {key}: (.*)\n", self.text)
+        """What a comment at the top says: `# key: value`."""
+        found = re.match(rf"(?:# .*\n)*?# {key}: (.*)\n", self.text)
         return found[1] if found else None
 
 

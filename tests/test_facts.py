@@ -10,8 +10,8 @@ import torch
 from emitted import Case, draw
 
 from chunkc.driver import Compiled, compile_source
-from chunkc.dsl.check import looks_ahead
-from chunkc.facts import elements, evaluate, facts, operations, render_facts
+from chunkc.dsl.causality import looks_ahead
+from chunkc.facts import bytes_moved, elements, evaluate, facts, operations, render_facts
 from chunkc.interp import Run, interpret
 from chunkc.ir import nodes as N
 from chunkc.ir.diagnostics import SourceFile
@@ -36,6 +36,7 @@ def test_cost_of_gated_linear_attention(h: int, k: int, v: int) -> None:
     # with the read and the scale over h v
     assert evaluate(operations(graph), graph, sizes) == 5 * h * k * v + 4 * h * k + 3 * h * v
     assert evaluate(elements(graph), graph, sizes) == 3 * h * k + 2 * h * v
+    assert evaluate(bytes_moved(graph, 2), graph, sizes) == 2 * (3 * h * k + 2 * h * v)
 
 
 @pytest.mark.parametrize(("d", "e"), [(8, 8), (64, 64), (96, 96)])

@@ -335,7 +335,7 @@ def test_rejects_axes_worked_along(semantic: Graph) -> None:
 
 def test_rejects_the_wrong_sort_of_axis(semantic: Graph) -> None:
     rejected(change(semantic, "a", axis="d"), "a", "is no sequence")
-    rejected(change(semantic, only(semantic, N.Recur).id, axis="d"), only(semantic, N.Recur).id, "is no sequence")
+    rejected(change(semantic, only(semantic, N.Recur).id, within="d"), only(semantic, N.Recur).id, "divides no other")
     new = N.Slice(id="new", arg="x", axis="t", at=Size.of(0), axes=("d",))
     rejected(insert(semantic, new), "new", "is a sequence")
     rename, expand = only(semantic, N.Rename).id, only(semantic, N.Expand).id
