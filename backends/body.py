@@ -247,6 +247,11 @@ class Body:
         """Statements for the whole graph, in order."""
         kept = {id_ for _, id_ in self.graph.outputs}
         self.bind()
+        for node in self.graph.of_kind(N.Param):
+            if not node.library and self.users[node.id]:  # a library's weights keep their type
+                name = self.fresh(node.name) if self.owner else self.names[node.id]
+                self.w(f"{name} = {self.names[node.id]}.to(ct)")
+                self.names[node.id] = name
         for state in states(self.graph):
             given = f"state_{identifier(state.name)}"
             value = f"torch.zeros({self.shape(state.axes, 1)}, dtype=ct, device=device)"
@@ -437,13 +442,14 @@ class StateField:
 
 def states(graph: Graph) -> list[StateField]:
     """The recurrences' states, in declared order."""
-    out: list[StateField] = []
+    found: dict[str, tuple[int, StateField]] = {}
     for n in graph.nodes:
         if isinstance(n, N.Recur):
-            out += [StateField(c.name, c.axes, c.initial) for c in n.carried]
-        elif isinstance(n, N.Scan) and not any(s.name == n.name for s in out):
-            out.append(StateField(n.name, n.declared, n.initial))
-    return out
+            for c in n.carried:
+                found[c.name] = (c.span.start if c.span else 0, StateField(c.name, c.axes, c.initial))
+        elif isinstance(n, N.Scan) and n.name not in found:
+            found[n.name] = (n.span.start if n.span else 0, StateField(n.name, n.declared, n.initial))
+    return [field for _, field in sorted(found.values(), key=lambda f: f[0])]
 
 
 class History:

@@ -100,6 +100,19 @@ def test_long(built: Any, name: str) -> None:
     check(errors(module, unit, Case(settings, [4097], values=gates(unit, cases.mixed))))
 
 
+def test_a_gate_near_0_keeps_its_digits(built: Any) -> None:
+    """1 - a with a near 1 is subtracted once: q * (1 - a) as q - q * a would lose what is left."""
+    module, unit = built("interpolated")
+    values = {"a": lambda shape: 1 - torch.rand(shape) * 1e-3}
+    check(errors(module, unit, Case(SETTINGS, [70], resume=True, values=values)), 0.1)
+
+
+def test_states_are_as_declared(built: Any) -> None:
+    """Their order is the spec's, also where they run in another one, and those that nothing reads are there too."""
+    assert built("stabilised")[0].stabilised_state._fields == ("C", "n", "m")
+    assert built("unread")[0].unread_state._fields == ("z", "S", "M", "L")
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ALL)
 def test_interpreted_kernels(built: Any, name: str) -> None:

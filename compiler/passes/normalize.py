@@ -27,12 +27,16 @@ class Normalize:
     def run(self, graph: Graph) -> Graph:
         out = Builder("normal", graph.axes)
         names: dict[str, str] = {}
+        finals: list[str] = []
         for node in graph.nodes:
             if isinstance(node, N.Recur):
                 used = [n for n in graph.nodes if isinstance(n, N.Out) and n.arg == node.id]
                 moved = node.renamed(names)
                 assert isinstance(moved, N.Recur)
-                for index, id_ in _Recurrence(moved, out).run([n.index for n in used]).items():
+                recurrence = _Recurrence(moved, out)
+                results = recurrence.run([n.index for n in used])
+                finals += recurrence.finals.values()
+                for index, id_ in results.items():
                     for user in used:
                         if user.index == index:
                             names[user.id] = _keep_name(out, _in_order(out, id_, user), user.id)
@@ -40,7 +44,7 @@ class Normalize:
                 new = node.renamed(names)
                 fields = {f: getattr(new, f) for f in type(new).model_fields if f not in ("id", "span", "kind")}
                 names[node.id] = out.add(type(new), node.id, node.span, **fields)
-        return out.graph([(name, names[id_]) for name, id_ in graph.outputs]).pruned()
+        return out.graph([(name, names[id_]) for name, id_ in graph.outputs]).pruned(finals)
 
 
 def _in_order(builder: Builder, id_: str, like: N.Out) -> str:
@@ -97,6 +101,7 @@ class _Recurrence:
         self.reads: dict[str, Read] = {}
         self.carried = {c.name: c for c in node.carried}
         self.forms: dict[str, Form] = {}
+        self.finals: dict[str, str] = {}
 
     def run(self, wanted: list[int]) -> dict[int, str]:
         """Add the recurrence to `out`; the new node for each wanted result."""
@@ -106,11 +111,11 @@ class _Recurrence:
         values = {i: self.value(self.forms[results[i][1]], results[i][1]) for i in wanted if i < len(results)}
         next_ = {c.name: self.forms[c.result] for c in self.node.carried}
         place = Placement(self.node, self.out, self.lift, self.algebra, self.reads, next_)
-        finals = place.run(list(values.values()))
+        self.finals = place.run(list(values.values()))
         out = {i: place.emit(id_) for i, id_ in values.items()}
         for i in wanted:
             if i >= len(results):
-                out[i] = finals[self.node.carried[i - len(results)].name]
+                out[i] = self.finals[self.node.carried[i - len(results)].name]
         return out
 
     # -- forms -------------------------------------------------------------------------------------------------------
@@ -206,8 +211,8 @@ class _Recurrence:
                 whole = self.lift.map("*", coefficient, self.read(state, (), None, node.span), span=node.span)
                 terms.append(self.contract(whole, node))
                 continue
-            for key, outside in self.algebra.split(self.algebra.expand(coefficient), inside).items():
-                read = self.read(state, over, self.algebra.product(key), node.span)
+            for query, outside in self.algebra.grouped(self.algebra.expand(coefficient), inside):
+                read = self.read(state, over, query, node.span)
                 terms.append(self.lift.map("*", self.algebra.build(outside), read, span=node.span)
                              if outside != {(): 1.0} else read)  # fmt: skip
         if a.rest is not None:

@@ -127,7 +127,7 @@ class Placement:
         if gate is None:
             return Plan(states, f"the gate of {state} may grow: it is not proven to lie in [0, 1]")
         overs = {self.reads[r].over for r in self.reads if self.reads[r].state == state}
-        if () in overs or not self.carried[state].axes:
+        if () in overs or not overs or not self.carried[state].axes:
             return self.vector(state, gate)
         writes = self.algebra.expand(form.rest) if form.rest is not None else {}
         plan = self.matrix(state, opened, self.opened(writes), overs)
@@ -161,7 +161,7 @@ class Placement:
         for m, c in poly.items():
             term: Poly = {(): c}
             for f in m:
-                term = mul(term, self.algebra.expand(self.open(f)))
+                term = mul(term, self.algebra.factor(self.open(f)))
             out = add(out, term)
         return out
 
@@ -265,7 +265,7 @@ class Placement:
         if gates is None or not self.split_writes(writes, plan):
             return None
         plan.gates = gates
-        return plan
+        return plan if plan.writes else self.vector(state, gate)  # a product needs something to multiply
 
     def first_side(self, axes: tuple[str, ...], overs: set[tuple[str, ...]], writes: Poly) -> tuple[str, ...]:
         """The axes that reads remove; without reads, those of the first write's first factor alone."""
@@ -358,19 +358,21 @@ class Placement:
     def split_writes(self, writes: Poly, plan: Plan) -> bool:
         """Writes as few products of an i side and a j side as factoring out either side gives."""
         i, j = set(plan.i), set(plan.j)
-        groups = self.algebra.split(writes, i)
-        for key in groups:
-            if not key or self.algebra.axes(key) & j:
-                return False
-        by_j: dict[str, list[str]] = {}
-        for key, outside in groups.items():
-            by_j.setdefault(self.algebra.build(outside), []).append(self.algebra.product(key))
-        for right, lefts in by_j.items():
-            left = lefts[0]
-            for other in lefts[1:]:
-                left = self.lift.map("+", left, other)
-            plan.writes.append(N.Write(i=left, j=right))
-        return True
+        by_i = [(left, self.algebra.build(right)) for left, right in self.algebra.grouped(writes, i)]
+        by_j = [(self.algebra.build(left), right) for right, left in self.algebra.grouped(writes, j)]
+        for pairs in sorted((by_i, by_j), key=len):
+            axes = [(set(self.lift.nodes[a].axes), set(self.lift.nodes[b].axes)) for a, b in pairs]
+            if not any(a & j or b & i for a, b in axes):
+                plan.writes += [N.Write(i=self.repeated(a, plan.i), j=b) for a, b in pairs]
+                return True
+        return False
+
+    def repeated(self, id_: str, i: tuple[str, ...]) -> str:
+        """The i side of a write, repeated over i where it is the same for all of it: `S = a * S + v`."""
+        node = self.lift.nodes[id_]
+        if set(node.axes) & set(i):
+            return id_
+        return self.lift.add(N.Map, "", node.span, fn="as", args=(id_,), axes=(*node.axes, *i))
 
     # -- placing -----------------------------------------------------------------------------------------------------
 
