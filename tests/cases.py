@@ -229,6 +229,17 @@ OPS = {
   output o
 }}
 """,
+    "constant": f"""causal op constant(heads: int, dk: int, dv: int) {{
+  {AXES}
+  input q[t, h, i], k[t, h, i], v[t, h, j]
+  recurrence over t {{
+    state S[h, i, j]
+    S = 0.9999 * S + k * v
+    o = sum[i](q * S)
+  }}
+  output o
+}}
+""",
     "no_gate": f"""causal op no_gate(heads: int, dk: int, dv: int) {{
   {AXES}
   input q[t, h, i], k[t, h, i], v[t, h, j]

@@ -93,7 +93,7 @@ def test_float16_and_gates(built: Any, name: str, make: Any) -> None:
         check(errors(module, unit, Case(settings, [100], dtype=dtype, values=gates(unit, make))))
 
 
-@pytest.mark.parametrize("name", ["gated", "raw_product", "vector"])
+@pytest.mark.parametrize("name", ["gated", "raw_product", "vector", "constant"])
 def test_long(built: Any, name: str) -> None:
     module, unit = built(name)
     settings = {**SETTINGS, "heads": 3, "dk": 8, "dv": 8}

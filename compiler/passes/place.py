@@ -7,6 +7,7 @@ i side and a j side. What does not split, is coupled, fed back or may grow runs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -299,10 +300,11 @@ class Placement:
         """At most one gate a side, the neutral part with i unless only j has one; None if one is no product."""
         if gate == {(): 1.0}:
             return []
-        if len(gate) != 1 or next(iter(gate.values())) != 1.0:
-            factors: Monomial = (self.one_less_sigmoid(gate) or self.algebra.build(gate),)
+        scale = next(iter(gate.values()), 0.0) if len(gate) == 1 else 0.0
+        if 0 < scale <= 1:
+            factors: Monomial = next(iter(gate)) + ((self.algebra.number(scale),) if scale < 1 else ())
         else:
-            factors = next(iter(gate))
+            factors = (self.one_less_sigmoid(gate) or self.algebra.build(gate),)
         sides: dict[str, list[N.Gate]] = {"i": [], "j": [], "": []}
         for f in factors:
             for part in self.gate_parts(f, i, j):
@@ -329,6 +331,8 @@ class Placement:
         node = self.lift.nodes[factor]
         if isinstance(node, N.Map) and node.fn == "sigmoid":
             return [N.Gate(arg=self.lift.map("logsigmoid", node.args[0], span=node.span), log=True)]
+        if isinstance(node, N.Const) and self.ranges[factor][0] > 0:  # a gate near 1 has its digits in its logarithm
+            return [N.Gate(arg=self.lift.const(math.log(self.ranges[factor][0]), node.span), log=True)]
         if not (isinstance(node, N.Map) and node.fn == "exp"):
             if self.ranges[factor][0] >= 2**-4:  # so far from 0 that the gradient of its logarithm serves
                 return [N.Gate(arg=self.lift.map("log", factor, span=node.span), log=True)]
