@@ -167,6 +167,9 @@ class Body:
                 text, rank = f"torch.tensor({text}, dtype=ct, device=device)", 9
             return f"{_hold(text, rank, 9)}.expand{self.shape(node.axes, lead)}", 9
         args = [self.aligned(graph, a, node.axes, lead) for a in node.args]
+        if (node.fn in INFIX or node.fn in ("neg", "not")) and all(isinstance(graph[a], N.Const) for a in node.args):
+            of = ", dtype=ct" if graph[node.args[0]].dtype == "float" else ""
+            args[0] = f"torch.tensor({args[0][0]}{of}, device=device)", 9  # what stands around wants a tensor
         if node.fn in INFIX:
             rank = INFIX[node.fn]
             sign = {"and": "&", "or": "|"}.get(node.fn, node.fn)
@@ -191,9 +194,17 @@ class Body:
             inner = f"torch.tensor(float({args[0][0]}), dtype=ct, device=device)"
             return CALLS[node.fn].format(inner), 9
         value = args[0][0]
-        if graph[node.args[0]].dtype == "int" and node.fn not in ("floor", "abs", "stop"):
+        counted = graph[node.args[0]].dtype == "int" or self.counted(graph, node.args[0])
+        if counted and node.fn not in ("floor", "abs", "stop"):
             value = f"{_hold(*args[0], 9)}.to(ct)"
         return CALLS[node.fn].format(value), 9
+
+    def counted(self, graph: Graph, id_: str) -> bool:
+        """Whether a value comes from coordinates and numbers alone: its tensor may hold integers."""
+        node = graph[id_]
+        if isinstance(node, N.Map):
+            return all(self.counted(graph, a) for a in node.args)
+        return isinstance(node, N.Coord | N.Const)
 
     def scalar_safe(self, graph: Graph, id_: str, text: str) -> str:
         """torch.where wants a tensor of the right type where a constant stands."""
@@ -258,6 +269,7 @@ class Body:
             if state.initial is not None:
                 text, rank = self.aligned(self.graph, state.initial, state.axes, 0)
                 value = f"{_hold(text, rank, 9)}.expand{self.shape(state.axes, 1)}"
+                value += "" if self.graph[state.initial].dtype == "float" else ".to(ct)"
             self.w(f"{given} = {value} if {given} is None else {given}.to(ct)")
         for node in self.graph.nodes:
             if isinstance(node, N.Input | N.Param):
