@@ -80,6 +80,11 @@ class Body(Loops):
         """Statements for the whole graph, in order."""
         kept = {id_ for _, id_ in self.graph.outputs}
         self.bind()
+        for param in self.graph.of_kind(N.Param):
+            if not self.products_only(param):
+                name = self.fresh(param.name.replace(".", "_")) if self.owner else self.names[param.id]
+                self.w(f"{name} = {self.names[param.id]}.to(ct)")
+                self.names[param.id] = name
         for node in self.graph.nodes:
             if isinstance(node, N.Input | N.Param):
                 continue
@@ -96,6 +101,10 @@ class Body(Loops):
                 self.graph, node, self.users_in(self.graph)[node.id], kept
             ):
                 self.assign(self.graph, node)
+
+    def products_only(self, param: N.Param) -> bool:
+        """Whether a parameter is the weight of library calls alone, which are computed in its type."""
+        return all(isinstance(u, N.Linear) for u in self.users_in(self.graph)[param.id])
 
     def start_state(self, name: str) -> None:
         """The state that a recurrence starts from: the one given, else the spec's."""

@@ -97,6 +97,8 @@ class Expressions(Layout):
                 text, rank = f"torch.tensor({text}, dtype={self.dtype(node)}, device=device)", 9
             return f"{held(text, rank, 9)}.expand{self.shape(node.axes, home)}", 9
         args = [self.aligned(graph, a, node.axes, home) for a in node.args]
+        if (node.fn in INFIX or node.fn in ("neg", "not")) and all(isinstance(graph[a], N.Const) for a in node.args):
+            args[0] = self.tensor(graph, node.args[0], args[0][0], graph[node.args[0]]), 9  # what is around wants one
         if node.fn in INFIX:
             return self.infix(graph, node, args)
         if node.fn == "neg":

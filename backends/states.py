@@ -33,13 +33,19 @@ class StateField:
 
 def states(graph: Graph) -> list[StateField]:
     """The states of recurrences over a sequence or its chunks, in declared order; `node` is the initial value."""
-    out: list[StateField] = []
+    found: dict[str, tuple[tuple[str, int], StateField]] = {}
     for n in graph.nodes:
+        carried: list[N.Carried] = []
         if isinstance(n, N.Recur) and graph.axis[n.axis].is_sequence:
-            out += [StateField(c.name, c.axes, "state", c.initial, None, c.dtype) for c in n.carried]
-        elif isinstance(n, N.Scan) and not any(s.name == n.name for s in out):
-            out.append(StateField(n.name, n.declared, "state", n.initial, None, n.dtype))
-    return out
+            carried = list(n.carried)
+        elif isinstance(n, N.Scan):
+            carried = [
+                N.Carried(name=n.name, axes=n.declared, dtype=n.dtype, initial=n.initial, result="", span=n.span)
+            ]
+        for c in carried:
+            place = (c.span.file, c.span.start) if c.span else ("", 0)
+            found.setdefault(c.name, (place, StateField(c.name, c.axes, "state", c.initial, None, c.dtype)))
+    return [field for _, field in sorted(found.values(), key=lambda f: f[0])]
 
 
 def histories(graph: Graph) -> list[StateField]:

@@ -64,11 +64,11 @@ class Graph(Frozen):
                 stack.extend(self.by_id[id_].operands())
         return seen
 
-    def pruned(self) -> Graph:
-        """Without the nodes that no output needs; inputs and parameters stay, since they are the interface, and chunks,
-        since nodes name their axis."""
+    def pruned(self, finals: Iterable[str] = ()) -> Graph:
+        """Without the nodes that no output and no final state needs; inputs and parameters stay, as the interface, and
+        chunks, since nodes name their axis."""
         roots = [id_ for _, id_ in self.outputs] + [n.id for n in self.nodes if isinstance(n, N.Segment)]
-        keep = self.reachable(roots)
+        keep = self.reachable([*roots, *(id_ for id_ in finals if id_ in self.by_id)])
         nodes = tuple(n for n in self.nodes if n.id in keep or isinstance(n, N.Input | N.Param))
         return self if len(nodes) == len(self.nodes) else self.evolve(nodes=nodes)
 

@@ -167,6 +167,79 @@ OPS = {
   output o
 }}
 """,
+    "stabilised": f"""causal op stabilised(heads: int, dk: int, dv: int) {{
+  {AXES}
+  input q[t, h, i], k[t, h, i], v[t, h, j], x[t, h], w[t, h]
+  recurrence over t {{
+    state C[h, i, j], n[h, i], m[h] = -inf
+    top = stop(max(logsigmoid(x) + m, w))
+    C = exp(logsigmoid(x) + m - top) * C + exp(w - top) * k * v
+    n = exp(logsigmoid(x) + m - top) * n + exp(w - top) * k
+    m = top
+    o = sum[i](q * C) / (1 + sum[i](q * n) ^ 2)
+  }}
+  output o
+}}
+""",
+    "interpolated": f"""causal op interpolated(heads: int, dk: int, dv: int) {{
+  {AXES}
+  input q[t, h, i], v[t, h, j], a[t, h, i] in [0, 1]
+  recurrence over t {{
+    state S[h, i, j]
+    S = (1 - a) * S + a * v
+    o = sum[i](q * S)
+  }}
+  output o
+}}
+""",
+    "averages": f"""causal op averages(heads: int, dk: int, dv: int) {{
+  {AXES}
+  input q[t, h, i], v[t, h, j], g[t, h, i] in [-inf, 0]
+  recurrence over t {{
+    state S[h, i, j], z[h, i, j]
+    S = exp(g) * S + (1 - exp(g)) * v
+    z = exp(g) * z + v
+    o = sum[i](q * (S + z))
+  }}
+  output o
+}}
+""",
+    "learned_gate": f"""causal op learned_gate(heads: int, dk: int, dv: int) {{
+  {AXES}
+  input q[t, h, i], k[t, h, i], v[t, h, j]
+  param c[h] = 4, u[h, i] = 1
+  recurrence over t {{
+    state S[h, i, j]
+    S = sigmoid(c) * S + k * v
+    o = sum[i](tanh(u) * q * S)
+  }}
+  output o
+}}
+""",
+    "unread": f"""causal op unread(heads: int, dk: int, dv: int) {{
+  {AXES}
+  input q[t, h, i], k[t, h, i], v[t, h, j], g[t, h, i] in [-inf, 0]
+  recurrence over t {{
+    state z[h, i], S[h, i, j], M[h, i, j], L[h, i, j]
+    z = exp(g) * z + k
+    S = exp(g) * S + k * v
+    L = 0 * L + k * v
+    o = sum[i](q * (S + M))
+  }}
+  output o
+}}
+""",
+    "constant": f"""causal op constant(heads: int, dk: int, dv: int) {{
+  {AXES}
+  input q[t, h, i], k[t, h, i], v[t, h, j]
+  recurrence over t {{
+    state S[h, i, j]
+    S = 0.9999 * S + k * v
+    o = sum[i](q * S)
+  }}
+  output o
+}}
+""",
     "no_gate": f"""causal op no_gate(heads: int, dk: int, dv: int) {{
   {AXES}
   input q[t, h, i], k[t, h, i], v[t, h, j]

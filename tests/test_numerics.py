@@ -93,11 +93,49 @@ def test_float16_and_gates(built: Any, name: str, make: Any) -> None:
         check(errors(module, unit, Case(settings, [100], dtype=dtype, values=gates(unit, make))))
 
 
-@pytest.mark.parametrize("name", ["gated", "raw_product", "vector"])
+@pytest.mark.parametrize("name", ["gated", "raw_product", "vector", "constant"])
 def test_long(built: Any, name: str) -> None:
     module, unit = built(name)
     settings = {**SETTINGS, "heads": 3, "dk": 8, "dv": 8}
     check(errors(module, unit, Case(settings, [4097], values=gates(unit, cases.mixed))))
+
+
+def test_a_gate_near_0_keeps_its_digits(built: Any) -> None:
+    """1 - a with a near 1 is subtracted once: q * (1 - a) as q - q * a would lose what is left."""
+    module, unit = built("interpolated")
+    values = {"a": lambda shape: 1 - torch.rand(shape) * 1e-3}
+    check(errors(module, unit, Case(SETTINGS, [70], resume=True, values=values)), 0.1)
+
+
+NUMBERS = """causal op numbers(dk: int, n: int = 3, c: float = 0.5, flag: bool = true) {
+  axes { t: time, i = dk, j = 4 }
+  input k[t, i], v[t, j]
+  recurrence over t {
+    state S[i, j] = i - n, z[i] = c, y[j] = j
+    S = exp(-(i + n) - 1) * where(flag, 1, 0.5) * S + k * v
+    z = where(not flag, 0.9, 0.5) * z + n * k
+    y = exp(-c * n - 1 - 2) * y + v * n
+    o = sum[i](k * S * n)
+    p = sum[i](z * c)
+  }
+  output o, p, y, q = where(n > 2 and flag, k, 1) * exp(-(n + i)), r = k * sigmoid(n) * max(n, 2) * floor(c * 3)
+}
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("flag", [True, False])
+def test_numbers_and_coordinates(tmp_path: Path, dtype: torch.dtype, flag: bool) -> None:
+    """What is made of parameters, constants and coordinates alone stands wherever a tensor may."""
+    module, units, _ = emit(NUMBERS, tmp_path)
+    settings = {"dk": 5, "n": 3, "c": 0.25, "flag": flag}
+    check(errors(module, units[0], Case(settings, [70, 70], dtype=dtype)))
+
+
+def test_states_are_as_declared(built: Any) -> None:
+    """Their order is the spec's, also where they run in another one, and those that nothing reads are there too."""
+    assert built("stabilised")[0].stabilised_state._fields == ("C", "n", "m")
+    assert built("unread")[0].unread_state._fields == ("z", "S", "M", "L")
 
 
 @pytest.mark.interpreter

@@ -56,15 +56,28 @@ class Algebra:
             if node.fn == "as":  # repetition along axes: broadcasting by name makes it idle
                 return self.expand(node.args[0])
             if node.fn == "*":
-                a, b = self.expand(node.args[0]), self.expand(node.args[1])
+                a, b = self.factor(node.args[0]), self.factor(node.args[1])
                 if len(a) * len(b) <= MAX_TERMS:
                     return mul(a, b)
             if node.fn == "/":
-                a = self.expand(node.args[0])
+                a = self.factor(node.args[0])
                 inverse = self.b.map("/", self.b.const(1.0), node.args[1], span=node.span)
                 if inverse != id_:
                     return mul(a, {(inverse,): 1.0})
         return {(id_,): 1.0}
+
+    def factor(self, id_: str) -> Poly:
+        """The node as a factor of a product: a sum is kept whole if multiplying it out could split nothing.
+
+        That is so if one of its own factors has all its axes. `q * (1 - a)` as `q - q * a` would cost a read more, and
+        cancel where a is near 1. A sum of a state's reads is multiplied out, so that linear feedback is seen."""
+        poly = self.expand(id_)
+        if len(poly) > 1:
+            factors = {f for m in poly for f in m}
+            whole = any(set(self.b.nodes[f].axes) == self.axes(factors) for f in factors)
+            if whole and not any(isinstance(self.b.nodes[f], N.State) for f in factors):
+                return {(self.build(poly),): 1.0}
+        return poly
 
     def axes(self, monomial: Iterable[str]) -> set[str]:
         return {a for f in monomial for a in self.b.nodes[f].axes}
@@ -105,3 +118,16 @@ class Algebra:
             rest = tuple(f for f in m if f not in key)
             out[key] = add(out.get(key, {}), {rest: c})
         return {k: p for k, p in out.items() if p}
+
+    def grouped(self, poly: Poly, inside: set[str]) -> list[tuple[str, Poly]]:
+        """Terms as few products of a node over `inside` and what multiplies it: equal multipliers are joined."""
+        out: list[tuple[Poly, Poly]] = []
+        for key, outside in self.split(poly, inside).items():
+            for k, (known, multiplier) in enumerate(out):
+                sign = 1.0 if multiplier == outside else -1.0 if multiplier == add({}, outside, -1.0) else 0.0
+                if sign:
+                    out[k] = (add(known, {key: 1.0}, sign), multiplier)
+                    break
+            else:
+                out.append(({key: 1.0}, outside))
+        return [(self.build(p), multiplier) for p, multiplier in out]

@@ -14,7 +14,7 @@ from chunkc.ir import nodes as N
 from chunkc.ir.diagnostics import Span
 from chunkc.ir.graph import Builder, Graph, gather_axes, moved_axes
 from chunkc.ir.ranges import Ranges
-from chunkc.passes.algebra import Algebra, Monomial
+from chunkc.passes.algebra import Algebra
 from chunkc.passes.place import Placement
 
 
@@ -27,13 +27,18 @@ class Normalize:
     def run(self, graph: Graph) -> Graph:
         out = Builder("normal", graph.axes)
         names: dict[str, str] = {}
+        finals: list[str] = []
+        kept: list[str] = []  # loops over chunks, whose last states are results, too
         for node in graph.nodes:
             reason = _steps(graph, node) if isinstance(node, N.Recur) else ""
             if isinstance(node, N.Recur) and not reason:
                 used = [n for n in graph.nodes if isinstance(n, N.Out) and n.arg == node.id]
                 moved = node.renamed(names)
                 assert isinstance(moved, N.Recur)
-                for index, id_ in _Recurrence(moved, out).run([n.index for n in used]).items():
+                recurrence = _Recurrence(moved, out)
+                results = recurrence.run([n.index for n in used])
+                finals += recurrence.finals.values()
+                for index, id_ in results.items():
                     for user in used:
                         if user.index == index:
                             names[user.id] = _keep_name(out, _in_order(out, id_, user), user.id)
@@ -41,9 +46,12 @@ class Normalize:
                 new = node.renamed(names)
                 if isinstance(new, N.Recur):
                     new = new.evolve(body=new.body.evolve(level="normal"), reason=reason)
+                    kept.append(node.id)
                 fields = {f: getattr(new, f) for f in type(new).model_fields if f not in ("id", "span", "kind")}
                 names[node.id] = out.add(type(new), node.id, node.span, **fields)
-        return out.graph([(name, names[id_]) for name, id_ in graph.outputs]).pruned()
+        return out.graph([(name, names[id_]) for name, id_ in graph.outputs]).pruned(
+            [*finals, *(names[id_] for id_ in kept)]
+        )
 
 
 def _steps(graph: Graph, node: N.Recur) -> str:
@@ -108,6 +116,7 @@ class _Recurrence:
         self.reads: dict[str, Read] = {}
         self.carried = {c.name: c for c in node.carried}
         self.forms: dict[str, Form] = {}
+        self.finals: dict[str, str] = {}
 
     def run(self, wanted: list[int]) -> dict[int, str]:
         """Add the recurrence to `out`; the new node for each wanted result."""
@@ -117,11 +126,11 @@ class _Recurrence:
         values = {i: self.value(self.forms[results[i][1]], results[i][1]) for i in wanted if i < len(results)}
         next_ = {c.name: self.forms[c.result] for c in self.node.carried}
         place = Placement(self.node, self.out, self.lift, self.algebra, self.reads, next_)
-        finals = place.run(list(values.values()))
+        self.finals = place.run(list(values.values()))
         out = {i: place.emit(id_) for i, id_ in values.items()}
         for i in wanted:
             if i >= len(results):
-                out[i] = finals[self.node.carried[i - len(results)].name]
+                out[i] = self.finals[self.node.carried[i - len(results)].name]
         return out
 
     # -- forms -------------------------------------------------------------------------------------------------------
@@ -217,25 +226,19 @@ class _Recurrence:
                 whole = self.lift.map("*", coefficient, self.read(state, (), None, node.span), span=node.span)
                 terms.append(self.contract(whole, node))
                 continue
-            for arg, outside in self.factored(coefficient, inside):
-                read = self.read(state, over, arg, node.span)
-                terms.append(read if outside is None else self.lift.map("*", outside, read, span=node.span))
+            for query, outside in self.algebra.grouped(self.algebra.expand(coefficient), inside):
+                read = self.read(state, over, query, node.span)
+                terms.append(self.lift.map("*", self.algebra.build(outside), read, span=node.span)
+                             if outside != {(): 1.0} else read)  # fmt: skip
         if a.rest is not None:
-            for arg, outside in self.factored(a.rest, inside):
+            for arg, outside in self.algebra.grouped(self.algebra.expand(a.rest), inside):
                 part = self.contract(arg, node)
-                terms.append(part if outside is None else self.lift.map("*", part, outside, span=node.span))
+                terms.append(self.lift.map("*", part, self.algebra.build(outside), span=node.span)
+                             if outside != {(): 1.0} else part)  # fmt: skip
         out = terms[0]
         for t in terms[1:]:
             out = self.lift.map("+", out, t, span=node.span)
         return Form(rest=out)
-
-    def factored(self, id_: str, inside: set[str]) -> list[tuple[str, str | None]]:
-        """A value as a sum of products: what has axes of `inside`, times what has none (None: 1)."""
-        by_outside: dict[str, list[Monomial]] = {}
-        for key, outside in self.algebra.split(self.algebra.expand(id_), inside).items():
-            name = "" if outside == {(): 1.0} else self.algebra.build(outside)
-            by_outside.setdefault(name, []).append(key)
-        return [(self.algebra.build(dict.fromkeys(keys, 1.0)), name or None) for name, keys in by_outside.items()]
 
     def contract(self, arg: str, node: N.Reduce) -> str:
         """sum[over](arg); axes that arg lacks are brought by repetition first."""

@@ -7,6 +7,7 @@ i side and a j side. What does not split, is coupled, fed back or may grow runs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -127,7 +128,8 @@ class Placement:
         if gate is None:
             return Plan(states, f"the gate of {state} may grow: it is not proven to lie in [0, 1]")
         overs = {self.reads[r].over for r in self.reads if self.reads[r].state == state}
-        if () in overs or not self.carried[state].axes or self.carried[state].dtype == "complex":
+        whole = () in overs or not overs or not self.carried[state].axes
+        if whole or self.carried[state].dtype == "complex":
             return self.vector(state, gate)
         writes = self.algebra.expand(form.rest) if form.rest is not None else {}
         plan = self.matrix(state, opened, self.opened(writes), overs)
@@ -164,7 +166,7 @@ class Placement:
         for m, c in poly.items():
             term: Poly = {(): c}
             for f in m:
-                term = mul(term, self.algebra.expand(self.open(f)))
+                term = mul(term, self.algebra.factor(self.open(f)))
             out = add(out, term)
         return out
 
@@ -268,7 +270,7 @@ class Placement:
         if gates is None or not self.split_writes(writes, plan):
             return None
         plan.gates = gates
-        return plan
+        return plan if plan.writes else self.vector(state, gate)  # a product needs something to multiply
 
     def first_side(self, axes: tuple[str, ...], overs: set[tuple[str, ...]], writes: Poly) -> tuple[str, ...]:
         """The axes that reads remove; without reads, those of the first write's first factor alone."""
@@ -302,10 +304,11 @@ class Placement:
         """At most one gate a side, the neutral part with i unless only j has one; None if one is no product."""
         if gate == {(): 1.0}:
             return []
-        if len(gate) != 1 or next(iter(gate.values())) != 1.0:
-            factors: Monomial = (self.one_less_sigmoid(gate) or self.algebra.build(gate),)
+        scale = next(iter(gate.values()), 0.0) if len(gate) == 1 else 0.0
+        if 0 < scale <= 1:
+            factors: Monomial = next(iter(gate)) + ((self.algebra.number(scale),) if scale < 1 else ())
         else:
-            factors = next(iter(gate))
+            factors = (self.one_less_sigmoid(gate) or self.algebra.build(gate),)
         sides: dict[str, list[N.Gate]] = {"i": [], "j": [], "": []}
         for f in factors:
             for part in self.gate_parts(f, i, j):
@@ -332,6 +335,8 @@ class Placement:
         node = self.lift.nodes[factor]
         if isinstance(node, N.Map) and node.fn == "sigmoid":
             return [N.Gate(arg=self.lift.map("logsigmoid", node.args[0], span=node.span), log=True)]
+        if isinstance(node, N.Const) and self.ranges[factor][0] > 0:  # a gate near 1 has its digits in its logarithm
+            return [N.Gate(arg=self.lift.const(math.log(self.ranges[factor][0]), node.span), log=True)]
         if not (isinstance(node, N.Map) and node.fn == "exp"):
             if self.ranges[factor][0] >= 2**-4:  # so far from 0 that the gradient of its logarithm serves
                 return [N.Gate(arg=self.lift.map("log", factor, span=node.span), log=True)]
@@ -361,19 +366,21 @@ class Placement:
     def split_writes(self, writes: Poly, plan: Plan) -> bool:
         """Writes as few products of an i side and a j side as factoring out either side gives."""
         i, j = set(plan.i), set(plan.j)
-        groups = self.algebra.split(writes, i)
-        for key in groups:
-            if not key or self.algebra.axes(key) & j:
-                return False
-        by_j: dict[str, list[str]] = {}
-        for key, outside in groups.items():
-            by_j.setdefault(self.algebra.build(outside), []).append(self.algebra.product(key))
-        for right, lefts in by_j.items():
-            left = lefts[0]
-            for other in lefts[1:]:
-                left = self.lift.map("+", left, other)
-            plan.writes.append(N.Write(i=left, j=right))
-        return True
+        by_i = [(left, self.algebra.build(right)) for left, right in self.algebra.grouped(writes, i)]
+        by_j = [(self.algebra.build(left), right) for right, left in self.algebra.grouped(writes, j)]
+        for pairs in sorted((by_i, by_j), key=len):
+            axes = [(set(self.lift.nodes[a].axes), set(self.lift.nodes[b].axes)) for a, b in pairs]
+            if not any(a & j or b & i for a, b in axes):
+                plan.writes += [N.Write(i=self.repeated(a, plan.i), j=b) for a, b in pairs]
+                return True
+        return False
+
+    def repeated(self, id_: str, i: tuple[str, ...]) -> str:
+        """The i side of a write, repeated over i where it is the same for all of it: `S = a * S + v`."""
+        node = self.lift.nodes[id_]
+        if set(node.axes) & set(i):
+            return id_
+        return self.lift.add(N.Map, "", node.span, fn="as", args=(id_,), axes=(*node.axes, *i))
 
     # -- placing -----------------------------------------------------------------------------------------------------
 
