@@ -145,7 +145,7 @@ def _modules(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines,
     w()
     w("from . import _torch")
     w(f"from ._checks import {', '.join(n for n in CHECK_NAMES if n in used)}")
-    if "Chunks" in used:
+    if any(u.graph.of_kind(N.Segment) for u in units):
         w("from ._chunks import Chunks")
     w("from ._runtime import (")
     for name in RUNTIME_NAMES:
@@ -171,7 +171,10 @@ def _unshadowed(text: str, names: set[str]) -> tuple[str, dict[str, str]]:
     hidden: dict[str, str] = {}
     for name in sorted(names & MODULE_NAMES):
         alias = f"_builtins.{name}" if hasattr(builtins, name) else f"_the_{name}"
-        new = re.sub(rf"(?<![.\w]){name}(?=\()" if name not in MODULES else rf"(?<![.\w]){name}(?=\.)", alias, text)
+        follows = (
+            r"\." if name in MODULES else r"[(.]" if name == "Chunks" else r"\("
+        )  # a module, its class, a function
+        new = re.sub(rf"(?<![.\w]){name}(?={follows})", alias, text)
         if new != text:
             text, hidden[name] = new, alias
     return text, hidden
