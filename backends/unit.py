@@ -27,6 +27,9 @@ set_extra_state set_submodule share_memory state_dict step to to_empty train tra
 RESERVED = frozenset(_RESERVED.split())
 
 
+DTYPES = {"float": "given", "int": "torch.int64", "bool": "torch.bool"}
+
+
 class UnitEmitter:
     """One layer as an nn.Module, or one op as a function."""
 
@@ -288,6 +291,8 @@ class UnitEmitter:
         text, rank = self.printer.aligned(self.graph, id_, self.graph[id_].axes, home)
         text = text if rank == 9 else f"({text})"
         dtype = self.graph[id_].dtype
+        if isinstance(self.graph[id_], N.Const):  # a plain number in expressions
+            return f"torch.tensor({text}, dtype={DTYPES[dtype]}, device=device)"
         return f"{text}.to(given)" if dtype == "float" else text
 
     def body(self, owner: str) -> None:

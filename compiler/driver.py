@@ -8,7 +8,7 @@ from pathlib import Path
 from chunkc.dsl.check import Exports, check
 from chunkc.dsl.parser import parse, parse_partial
 from chunkc.dsl.tree import File, Use
-from chunkc.dsl.uses import gather, used_name
+from chunkc.dsl.uses import gather, home
 from chunkc.ir.diagnostics import CompileError, Diagnostic, SourceFile
 from chunkc.ir.graph import Module, Unit
 from chunkc.ir.nodes import Recur
@@ -46,22 +46,33 @@ def check_source(source: SourceFile) -> Checked:
     if syntax:
         raise CompileError(syntax)
     source = gather(source)
-    exports: dict[str, Exports] = {}
+    files: list[tuple[SourceFile, File]] = []
     for used in source.used:
-        exports[used.name] = _check(used, parse(used), "", exports)[1]
-    (module, found), _ = _check(source, file, dropped, exports)
+        try:
+            files.append((used, parse(used)))
+        except CompileError as failure:
+            syntax += failure.diagnostics
+    if syntax:
+        raise CompileError(syntax)
+    exports: dict[Path, Exports] = {}
+    found: dict[Diagnostic, None] = {}  # what is wrong in a function is found wherever it is called
+    for used, tree in files:
+        assert used.path is not None
+        _, warnings, exports[used.path] = _check(used, tree, "", exports)
+        found.update(dict.fromkeys(d for d in warnings if d.severity == "error"))
+    module, own, _ = _check(source, file, dropped, exports)
+    found.update(dict.fromkeys(own))
+    if any(d.severity == "error" for d in found):
+        raise CompileError([d for d in found if d.severity == "error"])
     return Checked(source, module, tuple(found))
 
 
-def _check(source: SourceFile, file: File, dropped: str, exports: dict[str, Exports]
-           ) -> tuple[tuple[Module, list[Diagnostic]], Exports]:  # fmt: skip
+def _check(source: SourceFile, file: File, dropped: str, exports: dict[Path, Exports]
+           ) -> tuple[Module, list[Diagnostic], Exports]:  # fmt: skip
     """One file, with what it may take from others."""
-    taken = {u.path: exports[used_name(source.name, u.path)] for u in file.items if isinstance(u, Use)}
-    module, found, given = check(file, source.name, dropped, taken)
-    errors = [d for d in found if d.severity == "error"]
-    if errors:
-        raise CompileError(errors)
-    return (module, found), given
+    homes = {u.path: home(source, u.path) for u in file.items if isinstance(u, Use)}
+    taken = {path: exports[place] for path, place in homes.items() if place in exports}
+    return check(file, source.name, dropped, taken)
 
 
 def check_path(path: Path, name: str | None = None) -> Checked:

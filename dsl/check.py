@@ -129,6 +129,9 @@ class _UnitChecker(Recurrences):
         if not any(isinstance(s, T.Declare) and s.what == "output" for s in self.unit.body):
             self.report.error("no-output", f"'{self.unit.name.text}' has no output", self.unit.name.span,
                               hints=("write 'output y'",))  # fmt: skip
+        if not any(isinstance(s, T.Declare) and s.what == "input" for s in self.unit.body):
+            self.report.error("bad-input", f"'{self.unit.name.text}' has no input", self.unit.name.span,
+                              hints=("write 'input x[t]'",))  # fmt: skip
         if len(self.report.errors) > before:
             return None
         graph = self.builder.graph(self.outputs).pruned()

@@ -5,6 +5,7 @@ that the call stands in."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,8 +96,17 @@ class UnitCalls(Composed):
             size = self.number(arg.value)
         if size is None:
             return False
+        if self.truth(size) != (param.type == "bool"):
+            self.report.error("type-mismatch", f"'{param.name}' of '{call.unit.name}' is {param.type}, this is not",
+                              arg.value.span, related=((call.unit.span, "declared here"),))  # fmt: skip
+            return False
         call.sizes[param.name] = size
         return True
+
+    def truth(self, size: Size) -> bool:
+        """Whether a number is a truth value."""
+        setting = self.scope.names.get(str(size.value)) if size.op == "param" else None
+        return isinstance(size.value, bool) if setting is None else getattr(setting, "type", "") == "bool"
 
     # -- axes and sizes ----------------------------------------------------------------------------------------------
 
@@ -141,8 +151,15 @@ class UnitCalls(Composed):
                 self.report.error("axis-mismatch", f"'{bound}' is {self.axes[bound].kind}, and '{a}' of "
                                   f"'{call.unit.name}' is {graph.axis[a].kind}", call.span)  # fmt: skip
                 return False
+            parent = graph.axis[a].parent
+            if parent is not None and self.axes[bound].parent != call.axes.get(parent):
+                self.report.error("axis-mismatch", f"'{a}' of '{call.unit.name}' divides its '{parent}', and '{bound}' "
+                                  f"does not divide '{call.axes.get(parent, parent)}'", call.span,
+                                  related=((call.unit.span, "declared here"),))  # fmt: skip
+                return False
             first = next(b for b, other in call.axes.items() if other == bound)
-            if first != a:  # a tensor over both would have the same axis twice
+            apart = graph.axis[a].is_sequence and graph.axis[a].space != graph.axis[first].space
+            if first != a and not apart:  # a tensor over both would have the same axis twice
                 self.report.error("axis-mismatch", f"'{first}' and '{a}' of '{call.unit.name}' are both bound to "
                                   f"'{bound}'", call.span, related=((call.unit.span, "declared here"),),
                                   hints=(f"declare a second axis, 'axes {{ {bound}2 = {bound} }}', and bind it to "
@@ -231,8 +248,11 @@ class UnitCalls(Composed):
             self.report.error("type-mismatch", f"'{call.unit.name}' reads this as {node.dtype}, it is {have.dtype}",
                               e.span)  # fmt: skip
             return None
-        low, high = Ranges(b.nodes)[value] if have.dtype in ("int", "float") else (0.0, 0.0)
         least, most = (getattr(node, f, None) for f in ("low", "high"))
+        low, high = -math.inf, math.inf
+        if least is not None or most is not None:  # finding a range walks all that the argument is made of
+            self.work.spend(e.span, len(b.nodes) // 8)
+            low, high = Ranges(b.nodes)[value]
         if least is not None and low < least or most is not None and high > most:
             self.report.error("bad-range", f"'{call.unit.name}' declares this input in [{least:g}, {most:g}], which is "
                               "not proven here", e.span, related=((node.span or call.unit.span, "the input"),),

@@ -316,6 +316,19 @@ PAIR = """op pair(n: int, m: int) {
 }
 """
 CALLS = [
+    ("a layer without inputs", "layer «A» {\n  axes { d = 2 }\n  param w[d]\n  output w\n}", "bad-input"),
+    (
+        "a number for a truth value",
+        "op f(b: bool = true) {\n axes { t: time }\n input x[t]\n output y = where(b, x, 0)\n}\n"
+        + body("output y = f(x[e = 0], b = «1»)"),
+        "type-mismatch",
+    ),
+    (
+        "groups of a callee on what groups nothing",
+        "op f() {\n axes { t: time, d = 4, z = 2 groups d }\n"
+        " input x[t, d], y[t, z]\n output r = x * y\n}\n" + body("output y = «f[d = h, z = i](sum[i](k), sum[h](k))»"),
+        "axis-mismatch",
+    ),
     ("two axes of a callee on one", PAIR + body("y = «pair[i = e, j = e](x, x)»\noutput y"), "axis-mismatch"),
     ("a layer named as another's state", plain("layer A") + "\n" + plain("layer «AState»"), "name-taken"),
     ("a layer named as a later op's state", plain("layer «b_state»") + "\n" + plain("op b"), "name-taken"),

@@ -196,6 +196,11 @@ def filled(piece: Callable[[int], str], around: Callable[[str], str] = str) -> s
 
 HURTFUL = {
     "nothing": "",
+    "many calls of a layer": layer(chain("A0(x)", "A0(A)", 2500) + "\noutput y = a2500",
+                                   layer("w[t, e] = linear(x)\noutput w").replace("A(", "A0(")),
+    "calls that double": "".join(layer(f"a = A{k}(x)\noutput y = a + A{k}(a)").replace("A(n", f"A{k + 1}(n")
+                                 if k >= 0 else layer("output y = exp(x)").replace("A(n", "A0(n")
+                                 for k in range(-1, 30)),
     "NUL bytes": "\0" * 1000,
     "a NUL byte in a name": layer("y\0 = x\noutput y"),
     "a byte order mark": "\ufeff" + SPECS[0],

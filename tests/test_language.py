@@ -308,6 +308,12 @@ def test_layers_of_other_files_are_called(stack: Path, tmp_path: Path, monkeypat
         ("out.spec", "bad-use"),
         ("stack.spec", "recursive"),
         ("broken.spec", "axis-mismatch"),
+        ("./lib/../stack.spec", "bad-use"),
+        ("self/stack.spec", "recursive"),
+        ("lib/ring.spec", "recursive"),
+        ("chain/0.spec", "too-large"),
+        ("wide.spec", "too-large"),
+        ("lost.spec", "cannot-read"),
     ],
 )
 def test_what_may_not_be_used(stack: Path, tmp_path_factory: pytest.TempPathFactory, path: str, code: str) -> None:
@@ -317,10 +323,57 @@ def test_what_may_not_be_used(stack: Path, tmp_path_factory: pytest.TempPathFact
     (stack.parent / "broken.spec").write_text(
         "op b(n: int) { axes { t: time, d = n }\n input x[t, d]\n output y[t] = x }\n"
     )
+    (stack.parent / "self").symlink_to(".")
+    (stack.parent / "lib" / "ring.spec").write_text('use "././ring.spec"\n')
+    (stack.parent / "chain").mkdir()
+    for k in range(1000):
+        (stack.parent / "chain" / f"{k}.spec").write_text(f'use "{k + 1}.spec"\nfn f{k}[a](x) = x\n')
+    (stack.parent / "wide.spec").write_text("".join(f'use "chain/{k}.spec"\n' for k in range(1000)))
+    (stack.parent / "lost.spec").write_text("".join(f'use "lost{k}.spec"\n' for k in range(20_000)))
     stack.write_text(f'use "{path}"\n' + STACK.split("\n", 1)[1])
     with pytest.raises(CompileError) as caught:
         check_path(stack)
     assert code in {d.code for d in caught.value.diagnostics}
+    assert len([d for d in caught.value.diagnostics if d.code == code]) == (64 if path == "lost.spec" else 1)
+
+
+def test_one_file_by_two_paths_is_one(stack: Path) -> None:
+    (stack.parent / "again.spec").symlink_to(stack.parent / "lib" / "mix.spec")
+    stack.write_text('use "./lib/mix.spec"\nuse "again.spec"\n' + STACK)
+    assert len(check_path(stack).source.used) == 1
+
+
+def test_mistakes_of_all_files_are_reported_together(stack: Path) -> None:
+    for name in ("a", "b"):
+        (stack.parent / f"{name}.spec").write_text(f"fn {name}[z](x) = missing\n")
+    text = (
+        'use "a.spec"\nuse "b.spec"\nop A() {\n axes { t: time, d = 2 }\n input x[t, d]\n output y = a[d](x) + b[d](x)'
+    )
+    stack.write_text(text + " + lost\n}\n")
+    with pytest.raises(CompileError) as caught:
+        check_path(stack)
+    assert [d.span.file for d in caught.value.diagnostics] == ["a.spec", "b.spec", "stack.spec"]
+    for name in ("a", "b"):
+        (stack.parent / f"{name}.spec").write_text(f"fn {name}[z](x) = )\n")
+    with pytest.raises(CompileError) as caught:
+        check_path(stack)
+    assert [(d.code, d.span.file) for d in caught.value.diagnostics] == [("syntax", "a.spec"), ("syntax", "b.spec")]
+
+
+def test_files_are_1_mib_together(stack: Path) -> None:
+    for k in range(3):
+        (stack.parent / f"big{k}.spec").write_text("#" * 500_000 + f"\nfn big{k}[a](x) = x\n")
+    stack.write_text("".join(f'use "big{k}.spec"\n' for k in range(3)) + STACK)
+    with pytest.raises(CompileError) as caught:
+        check_path(stack)
+    assert [d.code for d in caught.value.diagnostics] == ["too-large"]
+
+
+def test_a_number_is_an_output(tmp_path: Path) -> None:
+    module, _, _ = emit("op A() {\n axes { t: time }\n input x[t]\n output a = 3, b = true, c = 1.5\n}\n", tmp_path)
+    a, b, c = module.A(torch.zeros(1, 2, dtype=torch.float64))
+    assert (a.item(), b.item(), c.item()) == (3, True, 1.5)
+    assert (a.dtype, b.dtype, c.dtype) == (torch.int64, torch.bool, torch.float64)
 
 
 @pytest.mark.parametrize(
