@@ -103,8 +103,9 @@ class Body(Loops):
                 self.assign(self.graph, node)
 
     def products_only(self, param: N.Param) -> bool:
-        """Whether a parameter is the weight of library calls alone, which are computed in its type."""
-        return all(isinstance(u, N.Linear) for u in self.users_in(self.graph)[param.id])
+        """Whether a parameter is the weight of products or a table alone: these are read in its own type."""
+        users = self.users_in(self.graph)[param.id]
+        return all(isinstance(u, N.Linear) or isinstance(u, N.Gather) and u.arg == param.id for u in users)
 
     def start_state(self, name: str) -> None:
         """The state that a recurrence starts from: the one given, else the spec's."""
