@@ -134,8 +134,9 @@ def _modules(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines,
         if name in used:
             w(text)
     w("from types import ModuleType")
-    if "NamedTuple" in used:
-        w("from typing import NamedTuple")
+    typing = [name for name in ("Any", "NamedTuple") if name in used]
+    if typing:
+        w(f"from typing import {', '.join(typing)}")
     w()
     w("import torch")
     w(f"from torch import Tensor{', nn' if 'nn' in used else ''}")
@@ -154,15 +155,12 @@ def _modules(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines,
     w(")")
     w()
     head = w.text()
+    builtin = [name for name in hidden if hasattr(builtins, name)]
     for name, alias in hidden.items():
-        if alias.startswith("_builtins."):
-            continue
         head = re.sub(rf"^import {name}$", f"import {name} as {alias}", head, flags=re.M)
         head = re.sub(rf"^(from .* import .*)\b{name}\b(?! as)", rf"\1{name} as {alias}", head, flags=re.M)
         head = re.sub(rf"^    {name},$", f"    {name} as {alias},", head, flags=re.M)
-    if any(alias.startswith("_builtins.") for alias in hidden.values()):
-        first = "from __future__ import annotations\n"
-        head = head.replace(first, f"{first}\nimport builtins as _builtins\n")
+    head += "".join(f"{hidden[name]} = {name}\n" for name in builtin) + "\n" * bool(builtin)
     return head + "\n" + written
 
 
@@ -170,7 +168,7 @@ def _unshadowed(text: str, names: set[str]) -> tuple[str, dict[str, str]]:
     """The module's text with other names for what names in a signature would hide, and these other names."""
     hidden: dict[str, str] = {}
     for name in sorted(names & MODULE_NAMES):
-        alias = f"_builtins.{name}" if hasattr(builtins, name) else f"_the_{name}"
+        alias = f"_the_{name}"
         new = re.sub(rf"(?<![.\w]){name}(?=\()" if name not in MODULES else rf"(?<![.\w]){name}(?=\.)", alias, text)
         if new != text:
             text, hidden[name] = new, alias

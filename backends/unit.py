@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from chunkc.backends.body import Body, param_name
 from chunkc.backends.layout import EACH, NOWHERE, sequence_names
-from chunkc.backends.states import WHAT, StateField, fields, positioned, whole_reason
+from chunkc.backends.states import WHAT, StateField, fields, positioned, states, whole_reason
 from chunkc.backends.writer import Lines, Writer, identifier, public, quoted
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Number, Size
@@ -188,7 +188,7 @@ class UnitEmitter:
             w(f"self._{identifier(p.name)} = {identifier(p.name)}")
         self.size_lines()
         w(f"self._sizes = ({''.join(a.name + ', ' for a in self.sizes).rstrip()})")
-        w('factory = {"device": device, "dtype": dtype}')
+        w('factory: Any = {"device": device, "dtype": dtype}')
         groups: dict[str, list[N.Param]] = {}
         for n in self.weights:
             groups.setdefault(n.name.split(".")[0], []).append(n)
@@ -286,10 +286,9 @@ class UnitEmitter:
         for space, name in zip(self.spaces, self.offsets()):
             x = identifier(self.of_space(space).name)
             w(f"{sequence_names(self.graph)[space]} = Sequences({x}.shape[0], {x}.shape[1], {name}, {first})")
-        if self.whole:  # what a call could go on from is not kept
-            for f in fields(self.graph):
-                if f.kind != "state" or self.unit.kind == "layer":
-                    w(f"state_{identifier(f.name)} = None")
+        if self.whole and self.unit.kind == "layer":  # it starts anew at each call
+            for f in states(self.graph):
+                w(f"state_{identifier(f.name)} = None")
         if any(isinstance(n, N.Scan) for n in self.graph.nodes):
             w(f"scans = _scans({first})")
         for n in self.inputs:
@@ -298,6 +297,7 @@ class UnitEmitter:
                 w(f"{identifier(n.name)} = {identifier(n.name)}.to({dtype})")
         self.printer = Body(self.unit, self.lines, w, owner, self.prefix)
         self.printer.attribute = self.attribute if owner else param_name
+        self.printer.whole = bool(self.whole)
         self.printer.emit()
 
     def offsets(self) -> list[str]:

@@ -51,6 +51,9 @@ class Weights(torch.nn.Module):
         for name, own in inner.items():
             self.add_module(name, Weights(**own))
 
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
 
 class Sequences:
     """Where each sequence of a batch lies, and how its tokens fall into tiles.
