@@ -63,7 +63,7 @@ MODULE_NAMES = frozenset(_MODULE_NAMES.split())
 def identifier(name: str) -> str:
     """A Python identifier for a spec's name: keywords and names of the emitted module get an underscore behind."""
     clean = re.sub(r"\W", "_", name)
-    reserved = keyword.iskeyword(clean) or keyword.issoftkeyword(clean) or clean in MODULE_NAMES
+    reserved = keyword.iskeyword(clean) or clean in MODULE_NAMES
     return clean + "_" if reserved else clean
 
 

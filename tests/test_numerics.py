@@ -132,6 +132,12 @@ def test_numbers_and_coordinates(tmp_path: Path, dtype: torch.dtype, flag: bool)
     check(errors(module, units[0], Case(settings, [70, 70], dtype=dtype)))
 
 
+def test_a_read_that_cancels(tmp_path: Path) -> None:
+    text = cases.OPS["no_gate"].replace("sum[i](q * S)", "sum[i]((q * v - v * q) * S) + v")
+    module, units, _ = emit(text, tmp_path)
+    check(errors(module, units[0], Case({"heads": 2, "dk": 3, "dv": 4}, [66], resume=True)))
+
+
 def test_states_are_as_declared(built: Any) -> None:
     """Their order is the spec's, also where they run in another one, and those that nothing reads are there too."""
     assert built("stabilised")[0].stabilised_state._fields == ("C", "n", "m")
