@@ -60,6 +60,8 @@ class Interpreter:
         self.values: dict[str, Tensor] = {}
         self.results: dict[str, list[Tensor]] = {}
         self.finals: dict[str, Tensor] = {}
+        self.watched = {id_ for n in graph.of_kind(N.GateGradient) for id_ in n.operands()}
+        self.trajectories: dict[str, Tensor] = {}
 
     def size(self, axis: str) -> int:
         a = self.graph.axis[axis]
@@ -117,6 +119,8 @@ class Interpreter:
         if isinstance(node, N.Scan):
             self.results[node.id] = self.scan(node)
             return torch.zeros(())
+        if isinstance(node, N.GateGradient):
+            return self.gate_gradient(node)
         assert isinstance(node, N.Out), node
         return self.results[node.arg][node.index]
 
@@ -262,7 +266,10 @@ class Interpreter:
         order = range(steps - 1, -1, -1) if node.reverse else range(steps)
         count = len(node.queries) + (0 if node.i or node.j else 1)
         rows: list[list[Tensor]] = [[] for _ in range(count)]
+        states: list[Tensor] = []
         for t in order:
+            if node.id in self.watched:
+                states.append(state)
             for row, q in zip(rows, node.queries):
                 removed = node.i if q.side == "i" else node.j
                 row.append((at(q.arg, t) * state).sum([axes.index(a) for a in removed]))
@@ -282,9 +289,25 @@ class Interpreter:
                 state = state.detach()
         if not node.reverse:
             self.finals[node.name] = state
+        if node.id in self.watched:
+            ordered = states[::-1] if node.reverse else states
+            self.trajectories[node.id] = torch.stack(ordered) if states else state.new_zeros((0, *state.shape))
         out = []
         for index, row in enumerate(rows):
             shape = [self.size(a) for a in node.result_axes(index)]
             ordered = row[::-1] if node.reverse else row
             out.append(torch.stack(ordered).reshape(shape) if row else torch.zeros(shape, dtype=self.run.dtype))
         return [*out, state]
+
+    def gate_gradient(self, node: N.GateGradient) -> Tensor:
+        """The product of transition, state and adjoint, summed over the axes that the gate lacks."""
+        scan = self.graph[node.scan]
+        assert isinstance(scan, N.Scan)
+        axes = (scan.axis, *scan.batch, *scan.i, *scan.j)
+        total = self.trajectories[node.scan] * self.trajectories[node.adjoint]
+        for index, g in enumerate(scan.gates):
+            a = self.aligned(g.arg, axes)
+            if g.log or index != node.gate:
+                total = total * (torch.exp(a) if g.log else a)
+        lacking = [axes.index(a) for a in axes if a not in node.axes]
+        return total.sum(lacking) if lacking else total

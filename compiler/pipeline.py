@@ -6,6 +6,7 @@ from typing import Protocol
 
 from chunkc.ir.graph import Graph
 from chunkc.ir.verify import VerifyError, verify
+from chunkc.passes.differentiate import Differentiate
 from chunkc.passes.normalize import Normalize
 
 
@@ -24,6 +25,7 @@ class Pass(Protocol):
 
 PASSES: tuple[Pass, ...] = (
     Normalize(),  # first: everything after it sees scans and maps, never equations
+    Differentiate(),  # at this level, so that the chunk form of a gradient is derived as that of a scan is
 )
 
 

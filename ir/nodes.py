@@ -1,4 +1,4 @@
-"""The kinds of node of a graph, at every level.
+"""The kinds of node of a graph, at every level; those over tiles are in `ir/tiles.py`.
 
 A node is a value over named axes. Its operands are named by id and stand before it; `span` is the piece of the
 spec that it comes from. Elementwise nodes broadcast by axis name. Inside a recurrence's body the time axis is bound
@@ -11,28 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from chunkc.ir import tiles as T
 from chunkc.ir.axes import DType, Frozen, Size
 from chunkc.ir.diagnostics import Span
+from chunkc.ir.node import Node as Node
+from chunkc.ir.node import Unary
 
 if TYPE_CHECKING:
     from chunkc.ir.graph import Graph
-
-
-class Node(Frozen):
-    """What all kinds share: a unique id, the axes and element type of the value, and where it stands in the spec."""
-
-    id: str
-    axes: tuple[str, ...] = ()
-    dtype: DType = "float"
-    span: Span | None = None
-
-    def operands(self) -> tuple[str, ...]:
-        """The ids that it reads, in order."""
-        return ()
-
-    def renamed(self, names: dict[str, str]) -> Node:
-        """The same node reading other ids."""
-        return self
 
 
 class Input(Node):
@@ -100,17 +86,7 @@ class Map(Node):
         return self.evolve(args=tuple(names.get(a, a) for a in self.args))
 
 
-class _Unary(Node):
-    arg: str
-
-    def operands(self) -> tuple[str, ...]:
-        return (self.arg,)
-
-    def renamed(self, names: dict[str, str]) -> Node:
-        return self.evolve(arg=names.get(self.arg, self.arg))
-
-
-class Reduce(_Unary):
+class Reduce(Unary):
     """A reducer over named axes: sum, mean, max, min, any."""
 
     kind: Literal["reduce"] = "reduce"
@@ -118,7 +94,7 @@ class Reduce(_Unary):
     over: tuple[str, ...]
 
 
-class Normalize(_Unary):
+class Normalize(Unary):
     """A normaliser along named axes; it keeps them."""
 
     kind: Literal["normalize"] = "normalize"
@@ -126,7 +102,7 @@ class Normalize(_Unary):
     over: tuple[str, ...]
 
 
-class Expand(_Unary):
+class Expand(Unary):
     """A tensor over groups `source` read over the members `target`: equal runs, in order."""
 
     kind: Literal["expand"] = "expand"
@@ -134,7 +110,7 @@ class Expand(_Unary):
     target: str
 
 
-class Rename(_Unary):
+class Rename(Unary):
     """The same values under a second name of an axis."""
 
     kind: Literal["rename"] = "rename"
@@ -142,7 +118,7 @@ class Rename(_Unary):
     target: str
 
 
-class Shift(_Unary):
+class Shift(Unary):
     """`x[t = t - by]` along a sequence axis: row t - by, and 0 before the sequence starts (or after it ends)."""
 
     kind: Literal["shift"] = "shift"
@@ -150,7 +126,7 @@ class Shift(_Unary):
     by: Size
 
 
-class Slice(_Unary):
+class Slice(Unary):
     """`x[a = at]` at one static position of an axis of fixed size; outside it, 0."""
 
     kind: Literal["slice"] = "slice"
@@ -289,6 +265,9 @@ class Scan(Node):
     i and j are empty; last the final state. `algebra` max-plus: S_t = max(A_t + S_{t-1}, W_t), i and j empty.
     `reverse` runs from the last token to the first. `declared` is the spec's order of the state's axes.
     `stop`: no gradient passes from one step to the next.
+
+    Passes derive from it, each as a graph of its own whose inputs are the scan's `arguments` by position: `backward`,
+    its gradient; `step`, one token; `tiles` and `tiles_backward`, the chunk form of the scan and of its gradient.
     """
 
     kind: Literal["scan"] = "scan"
@@ -306,6 +285,21 @@ class Scan(Node):
     initial: str | None = None
     reverse: bool = False
     stop: bool = False
+    backward: Graph | None = None
+    step: Graph | None = None
+    tiles: Graph | None = None
+    tiles_backward: Graph | None = None
+
+    def arguments(self) -> tuple[str, ...]:
+        """The ids of its operands, one a slot: gates, each write's sides, the added value, queries."""
+        ids = [g.arg for g in self.gates] + [x for w in self.writes for x in (w.i, w.j)]
+        return (*ids, *([self.add] if self.add else []), *(q.arg for q in self.queries))
+
+    def regions(self) -> dict[str, Graph]:
+        """The graphs derived from it, by name."""
+        found = {"backward": self.backward, "step": self.step, "tiles": self.tiles,
+                 "tiles_backward": self.tiles_backward}  # fmt: skip
+        return {name: graph for name, graph in found.items() if graph is not None}
 
     def operands(self) -> tuple[str, ...]:
         ids = [g.arg for g in self.gates] + [x for w in self.writes for x in (w.i, w.j)]
@@ -333,7 +327,25 @@ class Scan(Node):
         return (*self.batch, *self.i, *self.j)
 
 
-class Out(_Unary):
+class GateGradient(Node):
+    """The gradient of gate number `gate` of a scan, from the scan and its adjoint: the reversed scan of gradients.
+
+    With S before each step, L the adjoint before its own step, A the transition: the sum of A S L over the axes that
+    the gate lacks. For a gate that is no logarithm, A is without it. It reads the trajectories of both scans."""
+
+    kind: Literal["gate_gradient"] = "gate_gradient"
+    scan: str
+    adjoint: str
+    gate: int
+
+    def operands(self) -> tuple[str, ...]:
+        return (self.scan, self.adjoint)
+
+    def renamed(self, names: dict[str, str]) -> Node:
+        return self.evolve(scan=names.get(self.scan, self.scan), adjoint=names.get(self.adjoint, self.adjoint))
+
+
+class Out(Unary):
     """Result `index` of a node with several."""
 
     kind: Literal["out"] = "out"
@@ -361,6 +373,16 @@ AnyNode = Annotated[
     | State
     | Recur
     | Scan
-    | Out,
+    | GateGradient
+    | Out
+    | T.Tile
+    | T.Untile
+    | T.Span
+    | T.Contract
+    | T.Strict
+    | T.Prefix
+    | T.Carry
+    | T.Half
+    | T.Halving,
     Field(discriminator="kind"),
 ]

@@ -34,7 +34,7 @@ class VerifyError(Exception):
 
 @dataclass(frozen=True)
 class Region:
-    """A graph and where it stands: in a recurrence of `outer`, in a parameter, or alone."""
+    """A graph and where it stands: in a recurrence of `outer`, in a parameter, derived from a scan, or alone."""
 
     graph: Graph
     level: Level
@@ -42,6 +42,7 @@ class Region:
     outer: Graph | None = None
     recur: N.Recur | None = None
     initial: bool = False
+    scan: N.Scan | None = None
 
     @property
     def bound(self) -> str | None:
@@ -97,6 +98,9 @@ def _regions(region: Region) -> Iterator[Region]:
         elif isinstance(node, N.Param) and node.init is not None:
             # No pass touches an initial value: it stays at the level at which it was made.
             yield Region(node.init, node.init.level, path, initial=True)
+        elif isinstance(node, N.Scan):  # what passes derive from a scan is each at its own level
+            for name, graph in node.regions().items():
+                yield Region(graph, graph.level, f"{path}{name}/", scan=node)
 
 
 def _scans(region: Region) -> list[N.Scan]:
@@ -192,6 +196,8 @@ def results_through_out(r: Region) -> Found:
     """Recurrences and scans are read by `out` nodes alone, each at an index that there is."""
     several = {n.id for n in r.graph.nodes if isinstance(n, N.Recur | N.Scan)}
     for node in r.graph.nodes:
+        if isinstance(node, N.GateGradient):
+            continue
         if not isinstance(node, N.Out):
             for arg in several.intersection(node.operands()):
                 yield node.id, f"it reads '{arg}', which has several results, without an out"
@@ -403,6 +409,35 @@ def scan_vector(r: Region) -> Found:
             yield node.id, "a max-plus scan has no sides"
 
 
+def scan_regions(r: Region) -> Found:
+    """Each graph derived from a scan takes its operands, and each operand has one gradient."""
+    for node in _scans(r):
+        count = len(node.arguments())
+        for name, graph in node.regions().items():
+            given = len(graph.of_kind(N.Input))
+            if given <= count:
+                yield node.id, f"its {name} has {given} inputs, too few for {count} operands"
+        if node.backward is not None and len(node.backward.outputs) != count + 1:
+            yield node.id, f"its backward has {len(node.backward.outputs)} gradients for {count} operands"
+
+
+def gate_gradients(r: Region) -> Found:
+    """A gate's gradient is of a gate that there is, from a scan and a reversed scan over the same state."""
+    for node in r.graph.of_kind(N.GateGradient):
+        scan, adjoint = r.graph[node.scan], r.graph[node.adjoint]
+        if not isinstance(scan, N.Scan) or not isinstance(adjoint, N.Scan) or adjoint.reverse == scan.reverse:
+            yield node.id, f"'{node.scan}' and '{node.adjoint}' are no scan and its adjoint"
+        elif (scan.batch, scan.i, scan.j) != (adjoint.batch, adjoint.i, adjoint.j):
+            yield node.id, f"'{node.scan}' and '{node.adjoint}' have states over different axes"
+        elif not 0 <= node.gate < len(scan.gates):
+            yield node.id, f"'{node.scan}' has no gate {node.gate}"
+        elif node.axes != r.axes(scan.gates[node.gate].arg):
+            yield (
+                node.id,
+                f"it is over {_shown(node.axes)}, and its gate over {_shown(r.axes(scan.gates[node.gate].arg))}",
+            )
+
+
 STRUCTURE: tuple[Rule, ...] = (
     right_level, ids_unique, operands_before, outputs_exist, axes_known, in_place, carried_right, body_reads,
     results_through_out,
@@ -419,5 +454,7 @@ RULES: dict[Level, tuple[Rule, ...]] = {
         scan_writes,
         scan_queries,
         scan_vector,
+        scan_regions,
+        gate_gradients,
     ),  # fmt: skip
 }

@@ -1,0 +1,57 @@
+"""Graphs that passes derive from scans, run by the interpreter against the scan a token at a time and autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from derived import ALL, IDS, TOKENS, Scan, close, outputs, scans
+from torch import Tensor
+
+from chunkc.ir import nodes as N
+from chunkc.ir.graph import Graph
+
+each_scan = pytest.mark.parametrize("name, index", ALL, ids=IDS)
+
+
+def over_axes(graph: Graph, scan: Scan) -> Graph:
+    """A derived graph with the small sizes of the test."""
+    own = {a.name: a for a in scan.axes()}
+    return graph.evolve(axes=tuple(own.get(a.name, a) for a in graph.axes))
+
+
+def reference(scan: Scan, tokens: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Operands, the results' gradients, and the operands' gradients by autograd through the loop over tokens."""
+    values = scan.draw(tokens)
+    results = outputs(scan.alone(), values, tokens)
+    grads = {f"d_{n}": torch.randn(x.shape).double() for n, x in results.items()}
+    total = torch.stack([(x * grads[f"d_{n}"]).sum() for n, x in results.items()]).sum()
+    total.backward()  # type: ignore[no-untyped-call]
+    wanted = {f"d_{n}": torch.zeros_like(x) if x.grad is None else x.grad for n, x in values.items()}
+    return {n: x.detach() for n, x in values.items()}, grads, wanted
+
+
+@each_scan
+@pytest.mark.parametrize("tokens", [TOKENS, 1, 0])
+def test_gradients_are_those_of_autograd(name: str, index: int, tokens: int) -> None:
+    scan = scans(name)[index]
+    assert scan.node.backward is not None
+    values, grads, wanted = reference(scan, tokens)
+    found = outputs(over_axes(scan.node.backward, scan), {**values, **grads}, tokens)
+    assert list(found) == list(wanted)
+    wrong = [n for n in wanted if not close(found[n], wanted[n])]
+    assert not wrong, wrong
+
+
+def test_a_gradient_reads_what_the_derivation_says() -> None:
+    """The adjoint is the reversed scan; its writes are queries and their results' gradients."""
+    (scan,) = scans("both_sides")
+    backward = scan.node.backward
+    assert backward is not None
+    forward, adjoint = backward.of_kind(N.Scan)
+    assert adjoint.reverse and adjoint.initial == "d_last" and not forward.reverse
+    pairs = {(w.i, w.j) for w in adjoint.writes}
+    first, second = (q.arg for q in scan.node.queries)
+    names = dict(zip((s.arg for s in scan.slots), scan.names))
+    assert pairs == {(f"d_out_{names[first]}", names[first]), (names[second], f"d_out_{names[second]}")}
+    assert {q.arg for q in forward.queries} == {f"d_out_{names[first]}", f"d_out_{names[second]}"}
+    assert backward.of_kind(N.GateGradient)
