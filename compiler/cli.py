@@ -346,11 +346,13 @@ def _rewrite(path: Path, text: str) -> None:
 
 # -- graph -------------------------------------------------------------------------------------------------------------
 
+LEVELS = {"normal": "normalize", "chunked": "chunk"}  # the pass that brings a graph to a level
+
 
 @cli.command()
 @click.argument("file")
-@click.option("--level", type=click.Choice(["semantic", "normal"]), default="normal", show_default=True,
-              help="As it is written, or as the back ends get it.")  # fmt: skip
+@click.option("--level", type=click.Choice(["semantic", *LEVELS]), default="normal", show_default=True,
+              help="As it is written, in normal form, or with what is derived from each scan.")  # fmt: skip
 @click.option("--format", "form", type=click.Choice(["text", "dot"]), default="text", show_default=True)
 @_common
 @click.pass_obj
@@ -359,6 +361,7 @@ def graph(session: Session, file: str, level: str, form: str) -> int:
     from chunkc.driver import check_source, compile_source
     from chunkc.ir.dot import as_dot
     from chunkc.ir.text import print_graph
+    from chunkc.pipeline import upto
 
     with session.collecting():
         source = session.read(file)
@@ -366,7 +369,7 @@ def graph(session: Session, file: str, level: str, form: str) -> int:
             checked = check_source(source)
             units = checked.module.units
         else:
-            compiled = compile_source(source)
+            compiled = compile_source(source, upto(LEVELS[level]))
             checked, units = compiled.checked, compiled.units
         session.found.extend(checked.warnings)
         for unit in units:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from chunkc import interp_tiles as over_tiles
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Number
 from chunkc.ir.graph import Graph, Unit
@@ -66,6 +67,10 @@ class Interpreter:
     def size(self, axis: str) -> int:
         a = self.graph.axis[axis]
         return int(a.size.evaluate(self.run.settings)) if a.size is not None else self.run.lengths[a.space]
+
+    def inner(self, body: Graph) -> Interpreter:
+        """A machine for a region."""
+        return Interpreter(body, self.run)
 
     def value(self, id_: str) -> Tensor:
         for node in self.graph.nodes:
@@ -121,6 +126,11 @@ class Interpreter:
             return torch.zeros(())
         if isinstance(node, N.GateGradient):
             return self.gate_gradient(node)
+        if isinstance(node, over_tiles.SEVERAL):
+            self.results[node.id] = over_tiles.results_of(self, node)
+            return torch.zeros(())
+        if isinstance(node, over_tiles.KINDS):
+            return over_tiles.value_of(self, node)
         assert isinstance(node, N.Out), node
         return self.results[node.arg][node.index]
 
@@ -225,7 +235,7 @@ class Interpreter:
         rows: list[list[Tensor]] = [[] for _ in node.body.outputs]
         steps = self.size(node.axis)
         for t in range(steps):
-            body = Interpreter(node.body, self.run)
+            body = self.inner(node.body)
             for n in node.body.nodes:
                 if isinstance(n, N.State):
                     body.values[n.id] = states[n.name]

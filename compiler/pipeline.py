@@ -6,6 +6,7 @@ from typing import Protocol
 
 from chunkc.ir.graph import Graph
 from chunkc.ir.verify import VerifyError, verify
+from chunkc.passes.chunk import Chunk
 from chunkc.passes.differentiate import Differentiate
 from chunkc.passes.normalize import Normalize
 
@@ -26,7 +27,14 @@ class Pass(Protocol):
 PASSES: tuple[Pass, ...] = (
     Normalize(),  # first: everything after it sees scans and maps, never equations
     Differentiate(),  # at this level, so that the chunk form of a gradient is derived as that of a scan is
+    Chunk(),  # after it, both ways at once
 )
+
+
+def upto(name: str) -> tuple[Pass, ...]:
+    """The passes up to the one of this name."""
+    names = [p.name for p in PASSES]
+    return PASSES[: names.index(name) + 1]
 
 
 def run(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> Graph:

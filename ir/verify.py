@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from chunkc.ir import nodes as N
+from chunkc.ir import tiles as T
 from chunkc.ir.graph import Graph, Level, moved_axes
+from chunkc.ir.verify_tiles import TILES
 
-AXIS_FIELDS = ("axis", "over", "to", "source", "target", "batch", "i", "j", "declared")
+AXIS_FIELDS = ("axis", "over", "to", "source", "target", "batch", "i", "j", "declared", "row", "column")
+SEVERAL = N.Recur | N.Scan | T.Prefix | T.Carry | T.Halving  # kinds with several results
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class VerifyError(Exception):
 
 @dataclass(frozen=True)
 class Region:
-    """A graph and where it stands: in a recurrence of `outer`, in a parameter, derived from a scan, or alone."""
+    """A graph and where it stands: in a recurrence or halving of `outer`, in a parameter, under a scan, or alone."""
 
     graph: Graph
     level: Level
@@ -43,6 +46,7 @@ class Region:
     recur: N.Recur | None = None
     initial: bool = False
     scan: N.Scan | None = None
+    halving: T.Halving | None = None
 
     @property
     def bound(self) -> str | None:
@@ -52,11 +56,18 @@ class Region:
     def axes(self, id_: str) -> tuple[str, ...]:
         return self.graph[id_].axes
 
-    def results(self, node: N.Recur | N.Scan) -> list[tuple[str, ...]]:
+    def results(self, node: N.AnyNode) -> list[tuple[str, ...]]:
         """The axes of each result of a node with several."""
+        if isinstance(node, T.Halving):
+            return [self.axes(t) for t in node.totals]
+        if isinstance(node, T.Carry):
+            return [self.axes(node.update), _minus(self.axes(node.update), (node.axis,))]
+        if isinstance(node, T.Prefix):
+            return [self.axes(node.a)] * 2 + [_minus(self.axes(node.a), (node.axis,))] * 2
         if isinstance(node, N.Scan):
             count = len(node.queries) + (1 if node.i or node.j else 2)
             return [node.result_axes(k) for k in range(count)]
+        assert isinstance(node, N.Recur), node
         steps = [(node.axis, *node.body[id_].axes) for _, id_ in node.body.outputs]
         return steps + [c.axes for c in node.carried]
 
@@ -95,6 +106,8 @@ def _regions(region: Region) -> Iterator[Region]:
         path = f"{region.path}{node.id}/"
         if isinstance(node, N.Recur):
             yield Region(node.body, region.level, path, region.graph, node)
+        elif isinstance(node, T.Halving):
+            yield Region(node.body, node.body.level, path, region.graph, halving=node)
         elif isinstance(node, N.Param) and node.init is not None:
             # No pass touches an initial value: it stays at the level at which it was made.
             yield Region(node.init, node.init.level, path, initial=True)
@@ -182,9 +195,11 @@ def in_place(r: Region) -> Found:
     for node in r.graph.nodes:
         if isinstance(node, N.State | N.Capture) and r.recur is None:
             yield node.id, f"a {node.kind} stands only in a recurrence's body"
+        if isinstance(node, T.Half) and r.halving is None:
+            yield node.id, "a half stands only in a halving's body"
         if isinstance(node, N.Random) and not r.initial:
             yield node.id, "random numbers stand only in an initial value"
-        if isinstance(node, N.Input | N.Param) and (r.recur is not None or r.initial):
+        if isinstance(node, N.Input | N.Param) and (r.recur is not None or r.halving is not None or r.initial):
             yield node.id, f"a {node.kind} stands in no region"
         if isinstance(node, N.Recur | N.Scan) and r.initial:
             yield node.id, f"a {node.kind} stands in no initial value"
@@ -193,8 +208,8 @@ def in_place(r: Region) -> Found:
 
 
 def results_through_out(r: Region) -> Found:
-    """Recurrences and scans are read by `out` nodes alone, each at an index that there is."""
-    several = {n.id for n in r.graph.nodes if isinstance(n, N.Recur | N.Scan)}
+    """Nodes with several results are read by `out` nodes alone, each at an index that there is."""
+    several = {n.id for n in r.graph.nodes if isinstance(n, SEVERAL)}
     for node in r.graph.nodes:
         if isinstance(node, N.GateGradient):
             continue
@@ -203,7 +218,7 @@ def results_through_out(r: Region) -> Found:
                 yield node.id, f"it reads '{arg}', which has several results, without an out"
             continue
         source = r.graph[node.arg]
-        if not isinstance(source, N.Recur | N.Scan):
+        if source.id not in several:
             yield node.id, f"'{node.arg}' has one result"
             continue
         count = len(r.results(source))
@@ -312,7 +327,7 @@ def result_axes(r: Region) -> Found:
 
 def _result(r: Region, node: N.AnyNode) -> tuple[str, ...] | None:
     """The axes that a node must have; None where any do, or another rule says."""
-    if isinstance(node, N.Const | N.Length | N.Recur | N.Scan):
+    if isinstance(node, N.Const | N.Length | SEVERAL):
         return ()
     if isinstance(node, N.Coord):
         return _minus((node.axis,), (r.bound or "",))
@@ -321,9 +336,7 @@ def _result(r: Region, node: N.AnyNode) -> tuple[str, ...] | None:
     if isinstance(node, N.Gather):
         return (*r.axes(node.index), *_minus(r.axes(node.arg), (node.axis,)))
     if isinstance(node, N.Out):
-        source = r.graph[node.arg]
-        assert isinstance(source, N.Recur | N.Scan)
-        return r.results(source)[node.index]
+        return r.results(r.graph[node.arg])[node.index]
     if isinstance(node, N.Capture) and r.outer is not None:
         return _minus(r.outer[node.outer].axes, (r.bound or "",))
     if isinstance(node, N.State) and r.recur is not None:
@@ -457,4 +470,5 @@ RULES: dict[Level, tuple[Rule, ...]] = {
         scan_regions,
         gate_gradients,
     ),  # fmt: skip
+    "chunked": (*COMMON, *TILES),
 }

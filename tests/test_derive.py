@@ -9,6 +9,7 @@ from torch import Tensor
 
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Graph
+from chunkc.passes.chunk import Chunk
 
 each_scan = pytest.mark.parametrize("name, index", ALL, ids=IDS)
 
@@ -55,3 +56,21 @@ def test_a_gradient_reads_what_the_derivation_says() -> None:
     assert pairs == {(f"d_out_{names[first]}", names[first]), (names[second], f"d_out_{names[second]}")}
     assert {q.arg for q in forward.queries} == {f"d_out_{names[first]}", f"d_out_{names[second]}"}
     assert backward.of_kind(N.GateGradient)
+
+
+@each_scan
+@pytest.mark.parametrize("tile, tokens", [(8, TOKENS), (4, 8), (64, 1), (4, 0)])
+def test_the_chunk_form_is_the_scan(name: str, index: int, tile: int, tokens: int) -> None:
+    """Forward and backward over tiles, in float64, against the loop over tokens and autograd."""
+    scan = scans(name)[index]
+    derived = Chunk(tile=tile).derive(scan.graph, scan.node)
+    values, grads, wanted = reference(scan, tokens)
+    found = outputs(over_axes(derived["tiles"], scan), values, tokens)
+    results = outputs(scan.alone(), values, tokens)
+    wrong = [n for n in results if not close(found[n], results[n])]
+    assert not wrong, wrong
+    given = {**values, **grads, "states": found["states"]}
+    found = outputs(over_axes(derived["tiles_backward"], scan), given, tokens)
+    assert list(found) == list(wanted)
+    wrong = [n for n in wanted if not close(found[n], wanted[n])]
+    assert not wrong, wrong

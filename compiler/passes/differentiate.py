@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Builder, Graph
 from chunkc.passes.regions import (
-    add_scan,
+    copied,
     inputs,
     other,
     renumbered,
@@ -62,13 +62,13 @@ def _out(b: Builder, scan: str, index: int, hint: str) -> str:
 def _adjoint(b: Builder, scan: N.Scan, last: str, **fields: object) -> str:
     """The reversed scan of the state's gradient."""
     reverse = scan.evolve(name=f"d_{scan.name}", initial=last, reverse=True, stop=False, **fields)
-    return add_scan(b, reverse, f"scan_d_{scan.name}")
+    return copied(b, reverse, f"scan_d_{scan.name}")
 
 
 def _matrix(b: Builder, scan: N.Scan, results: list[str]) -> list[str]:
     pairs = [(q.arg, d) if q.side == "i" else (d, q.arg) for q, d in zip(scan.queries, results)]
     again = tuple(N.Query(side=other(q.side), arg=d) for q, d in zip(scan.queries, results))
-    forward = add_scan(b, scan.evolve(queries=again), f"scan_{scan.name}")
+    forward = copied(b, scan.evolve(queries=again), f"scan_{scan.name}")
     reads = tuple(q for w in scan.writes for q in (N.Query(side="j", arg=w.j), N.Query(side="i", arg=w.i)))
     writes = tuple(N.Write(i=i, j=j) for i, j in pairs)
     adjoint = _adjoint(b, scan, results[-1], writes=writes, queries=reads)
@@ -87,7 +87,7 @@ def _gate_gradients(b: Builder, scan: N.Scan, forward: str, adjoint: str) -> lis
 
 
 def _vector(b: Builder, scan: N.Scan, results: list[str]) -> list[str]:
-    forward = add_scan(b, scan, f"scan_{scan.name}")
+    forward = copied(b, scan, f"scan_{scan.name}")
     adjoint = _adjoint(b, scan, results[-1], add=results[0])
     d_gates = _gate_gradients(b, scan, forward, adjoint)
     d_add = [_out(b, adjoint, 0, f"d_{scan.add}")] if scan.add is not None else []
@@ -96,11 +96,11 @@ def _vector(b: Builder, scan: N.Scan, results: list[str]) -> list[str]:
 
 def _max_plus(b: Builder, scan: N.Scan, results: list[str]) -> list[str]:
     """The gradient goes to the larger argument of the maximum, half to each where they are equal."""
-    kept = _out(b, add_scan(b, scan, f"scan_{scan.name}"), 0, "before")
+    kept = _out(b, copied(b, scan, f"scan_{scan.name}"), 0, "before")
     for g in scan.gates:
         kept = b.map("+", kept, g.arg)
     one = b.const(1.0)
-    share = one
+    share = b.add(N.Map, "share", fn="as", args=(one,), axes=b.nodes[kept].axes)
     if scan.add is not None:
         equal = b.map("where", b.map("==", kept, scan.add), b.const(0.5), b.const(0.0))
         share = b.map("where", b.map(">", kept, scan.add), one, equal, hint="share")
@@ -115,7 +115,8 @@ def _max_plus(b: Builder, scan: N.Scan, results: list[str]) -> list[str]:
 def _stopped(b: Builder, scan: N.Scan, results: list[str]) -> list[str]:
     """Only the first token's read of the initial state has a gradient: in the reversed scan every gate is 0."""
     zero = b.const(0.0)
-    adjoint = _adjoint(b, scan, results[-1], algebra="sum-product", gates=(N.Gate(arg=zero, log=False),),
-                       add=results[0])  # fmt: skip
+    shut = b.add(N.Map, "shut", fn="as", args=(zero,), axes=(scan.axis, *scan.batch))
+    gates = (N.Gate(arg=shut, log=False),)
+    adjoint = _adjoint(b, scan, results[-1], algebra="sum-product", gates=gates, add=results[0])
     operands = [g.arg for g in scan.gates] + ([scan.add] if scan.add is not None else [])
     return [*(b.map("*", x, zero) for x in operands), _out(b, adjoint, 1, "d_initial")]

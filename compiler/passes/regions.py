@@ -92,11 +92,10 @@ def renumbered(scan: N.Scan, operands: tuple[str, ...], initial: str) -> N.Scan:
     return scan.evolve(gates=gates, writes=writes, add=add, queries=queries, initial=initial, **bare)
 
 
-def add_scan(b: Builder, scan: N.Scan, hint: str) -> str:
-    """Add a scan to the graph under construction."""
-    skip = {"id", "kind", "span"}
-    fields = {f: getattr(scan, f) for f in type(scan).model_fields if f not in skip}
-    return b.add(N.Scan, hint, scan.span, **fields)
+def copied(b: Builder, node: N.Node, hint: str = "") -> str:
+    """Add a node like this one to the graph under construction."""
+    fields = {f: getattr(node, f) for f in type(node).model_fields if f not in ("id", "kind", "span")}
+    return b.add(type(node), hint or node.id, node.span, **fields)
 
 
 def with_regions(graph: Graph, derive: Callable[[Graph, N.Scan], dict[str, Graph]]) -> Graph:

@@ -1,0 +1,144 @@
+"""Graphs over tiles: their text, the rules that hold, and each rule broken once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from derived import ALL, IDS, TEXTS, scans
+
+from chunkc.ir import nodes as N
+from chunkc.ir import tiles as T
+from chunkc.ir.graph import Graph
+from chunkc.ir.text import parse_graph, print_graph
+from chunkc.ir.verify import VerifyError, verify
+
+
+def change(graph: Graph, id_: str, **fields: object) -> Graph:
+    return graph.evolve(nodes=tuple(n.evolve(**fields) if n.id == id_ else n for n in graph.nodes))
+
+
+def insert(graph: Graph, *nodes: N.AnyNode) -> Graph:
+    return graph.evolve(nodes=(*graph.nodes, *nodes))
+
+
+def rejected(graph: Graph, where: str, what: str) -> None:
+    """The graph breaks a rule: some message has these words and blames this node."""
+    with pytest.raises(VerifyError) as caught:
+        verify(graph, "chunked")
+    assert any(m.node == where and what in m.text for m in caught.value.messages), caught.value
+
+
+@pytest.fixture(scope="module")
+def tiles() -> Graph:
+    graph = scans("gated")[0].node.tiles
+    assert graph is not None
+    verify(graph, "chunked")
+    return graph
+
+
+@pytest.mark.parametrize("name, index", ALL, ids=IDS)
+def test_text_reads_back(name: str, index: int) -> None:
+    for graph in scans(name)[index].node.regions().values():
+        text = print_graph(graph)
+        assert parse_graph(text) == graph
+        assert print_graph(parse_graph(text)) == text
+
+
+def test_what_a_chunk_form_is_made_of(tiles: Graph) -> None:
+    """One walk over tiles; pairs of tokens only in a halving's blocks; no product is over a token and both sides."""
+    assert len(tiles.of_kind(T.Carry)) == len(tiles.of_kind(T.Halving)) == 1
+    (halving,) = tiles.of_kind(T.Halving)
+    scores = [n for n in halving.body.of_kind(T.Contract) if {"earlier", "later"} <= set(n.axes)]
+    assert len(scores) == 1
+    assert not any({"place", "column"} <= set(n.axes) for n in tiles.nodes)
+
+
+def test_without_gates_a_masked_product_does() -> None:
+    graph = scans("no_gate")[0].node.tiles
+    assert graph is not None
+    assert not graph.of_kind(T.Halving) and len(graph.of_kind(T.Strict)) == 1
+    assert not [n for n in graph.of_kind(N.Map) if n.fn == "exp"]
+
+
+def test_gates_that_are_no_logarithms_are_raised_for_their_gradient_alone() -> None:
+    (scan,) = scans("raw_key")
+    assert scan.node.tiles is not None and scan.node.tiles_backward is not None
+    assert {n.log for n in scan.node.tiles.of_kind(T.Tile)} == {"", "zero"}
+    assert {n.log for n in scan.node.tiles_backward.of_kind(T.Tile)} == {"", "zero", "small"}
+    assert len(scan.node.tiles_backward.of_kind(T.Halving)) == 2
+
+
+def test_rejects_kinds_of_other_levels(tiles: Graph) -> None:
+    rejected(
+        insert(tiles, N.Coord(id="new", axis="t", axes=("t",), dtype="int")), "new", "does not stand in a graph over"
+    )
+
+
+def test_rejects_tiles(tiles: Graph) -> None:
+    rejected(change(tiles, "k_tiles", axis="i"), "k_tiles", "it is over tile, h, place, i")
+    rejected(change(tiles, "k_tiles", arg="initial", axis="t"), "k_tiles", "is not over t")
+    (untile,) = tiles.of_kind(T.Untile)
+    rejected(change(tiles, untile.id, over=("tile", "j")), untile.id, "it is over t, h, j")
+
+
+def test_rejects_sums_and_products(tiles: Graph) -> None:
+    span = tiles.of_kind(T.Span)[0]
+    rejected(change(tiles, span.id, axis="j"), span.id, "it sums along 'j'")
+    rejected(change(tiles, span.id, fn="whole"), span.id, "it sums along 'place'")
+    rejected(change(tiles, "update", over=("i",)), "update", "it sums i of")
+    rejected(insert(tiles, T.Strict(id="new", arg="update", row="i", column="place", axes=("tile", "h", "i", "j"))),
+             "new", "it masks")  # fmt: skip
+
+
+def test_rejects_carries(tiles: Graph) -> None:
+    (carry,) = tiles.of_kind(T.Carry)
+    rejected(change(tiles, carry.id, initial="update"), carry.id, "it starts from a value over tile")
+    rejected(change(tiles, carry.id, decay="k_tiles"), carry.id, "its decay")
+    rejected(change(tiles, carry.id, axis="place"), carry.id, "its update")
+
+
+def test_rejects_prefixes() -> None:
+    graph = scans("vector")[0].node.tiles
+    assert graph is not None
+    (prefix,) = graph.of_kind(T.Prefix)
+    rejected(change(graph, prefix.id, axis="t"), prefix.id, "it composes maps over")
+    rejected(change(graph, prefix.id, b="states"), prefix.id, "does not stand before it")
+
+
+def test_rejects_halves(tiles: Graph) -> None:
+    (halving,) = tiles.of_kind(T.Halving)
+    (half, *_) = halving.body.of_kind(T.Half)
+    wrong = change(halving.body, half.id, half="earlier")
+    rejected(change(tiles, halving.id, body=wrong), f"{halving.id}/{half.id}", "it is over")
+    (part,) = halving.parts
+    rejected(change(tiles, halving.id, parts=(part.evolve(value="none"),)), halving.id, "there is no value 'none'")
+    rejected(change(tiles, halving.id, parts=(part.evolve(total=3),)), halving.id, "no total 3")
+    rejected(change(tiles, halving.id, parts=(part.evolve(half="earlier"),)), halving.id, "of total 0 is over")
+    rejected(insert(tiles, half), half.id, "only in a halving's body")
+
+
+def test_rejects_exponents_that_may_be_positive(tiles: Graph) -> None:
+    """Of what is no log-gate; of a product of log-gates with something; of a gate that is no logarithm."""
+    rejected(change(tiles, "log_g", log=""), "to_end_i", "is no sum of log-gates")
+    axes = tiles["k_tiles"].axes
+    rejected(insert(tiles, N.Map(id="new", fn="exp", args=("k_tiles",), axes=axes)), "new", "is no sum of log-gates")
+    minus = N.Map(id="minus", fn="-", args=("log_g", "log_g"), axes=axes)
+    anchored = N.Map(id="new", fn="exp", args=("minus",), axes=axes)
+    rejected(insert(tiles, minus, anchored), "new", "is no sum of log-gates")
+
+
+def test_rejects_pairs_of_tokens_and_trajectories(tiles: Graph) -> None:
+    both = T.Contract(id="new", left="k", right="query_tiles", over=("h", "i"), axes=("t", "tile", "place"))
+    rejected(insert(tiles, both), "new", "it is over t and tile")
+    each: Any = T.Contract(id="new", left="k_tiles", right="v_tiles", over=(), axes=("tile", "h", "place", "i", "j"))
+    rejected(insert(tiles, each), "new", "keeps a state for each token")
+    (halving,) = tiles.of_kind(T.Halving)
+    each = each.evolve(left="k_low", right="v_low", axes=("tile", "h", "block", "earlier", "i", "j"))
+    inner = change(tiles, halving.id, body=insert(halving.body, each))
+    rejected(inner, f"{halving.id}/new", "keeps a state for each token")
+
+
+def test_every_text_has_been_cut_into_tiles() -> None:
+    found = [s.node for name in TEXTS for s in scans(name)]
+    assert found and all({"backward", "tiles", "tiles_backward"} <= set(s.regions()) for s in found)
