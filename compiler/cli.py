@@ -346,7 +346,7 @@ def _rewrite(path: Path, text: str) -> None:
 
 # -- graph -------------------------------------------------------------------------------------------------------------
 
-LEVELS = {"normal": "normalize", "chunked": "chunk"}  # the pass that brings a graph to a level
+LEVELS = {"normal": "normalize", "chunked": "chunk", "fused": "fuse"}  # the pass that brings a graph to a level
 
 
 @cli.command()

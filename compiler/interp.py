@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from chunkc import interp_tiles as over_tiles
 from chunkc.ir import nodes as N
+from chunkc.ir import tiles as T
 from chunkc.ir.axes import Number
 from chunkc.ir.graph import Graph, Unit
 
@@ -68,9 +69,9 @@ class Interpreter:
         a = self.graph.axis[axis]
         return int(a.size.evaluate(self.run.settings)) if a.size is not None else self.run.lengths[a.space]
 
-    def inner(self, body: Graph) -> Interpreter:
-        """A machine for a region."""
-        return Interpreter(body, self.run)
+    def inner(self, body: Graph, tensors: Mapping[str, Tensor] | None = None) -> Interpreter:
+        """A machine for a region, with its inputs by name if it has any."""
+        return Interpreter(body, self.run if tensors is None else replace(self.run, tensors=tensors))
 
     def value(self, id_: str) -> Tensor:
         for node in self.graph.nodes:
@@ -131,7 +132,7 @@ class Interpreter:
             return torch.zeros(())
         if isinstance(node, over_tiles.KINDS):
             return over_tiles.value_of(self, node)
-        assert isinstance(node, N.Out), node
+        assert isinstance(node, N.Out | T.Buffer), node
         return self.results[node.arg][node.index]
 
     def random(self, node: N.Random) -> Tensor:

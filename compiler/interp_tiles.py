@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
 
 if TYPE_CHECKING:
     from chunkc.interp import Interpreter
 
 KINDS = (T.Tile, T.Untile, T.Span, T.Contract, T.Strict)
-SEVERAL = (T.Prefix, T.Carry, T.Halving)
+SEVERAL = (T.Prefix, T.Carry, T.Halving, T.Kernel)
 
 
 def value_of(m: Interpreter, node: T.Tile | T.Untile | T.Span | T.Contract | T.Strict) -> Tensor:
@@ -60,8 +61,12 @@ def _tile(m: Interpreter, node: T.Tile) -> Tensor:
     return x.permute([laid.index(a) for a in node.axes])
 
 
-def results_of(m: Interpreter, node: T.Prefix | T.Carry | T.Halving) -> list[Tensor]:
+def results_of(m: Interpreter, node: T.Prefix | T.Carry | T.Halving | T.Kernel) -> list[Tensor]:
     """The results of a node over tiles that has several."""
+    if isinstance(node, T.Kernel):
+        given = {n.name: m.values[arg] for n, arg in zip(node.body.of_kind(N.Input), node.reads)}
+        body = m.inner(node.body, given)
+        return [body.value(id_) for _, id_ in node.body.outputs]
     if isinstance(node, T.Prefix):
         return _prefix(m, node)
     if isinstance(node, T.Carry):

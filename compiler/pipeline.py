@@ -8,7 +8,9 @@ from chunkc.ir.graph import Graph
 from chunkc.ir.verify import VerifyError, verify
 from chunkc.passes.chunk import Chunk
 from chunkc.passes.differentiate import Differentiate
+from chunkc.passes.fuse import Fuse
 from chunkc.passes.normalize import Normalize
+from chunkc.passes.stream import Stream
 
 
 class InternalError(Exception):
@@ -27,7 +29,9 @@ class Pass(Protocol):
 PASSES: tuple[Pass, ...] = (
     Normalize(),  # first: everything after it sees scans and maps, never equations
     Differentiate(),  # at this level, so that the chunk form of a gradient is derived as that of a scan is
-    Chunk(),  # after it, both ways at once
+    Stream(),  # one token: the normal form cut open, without tiles
+    Chunk(),  # after gradients, both ways at once
+    Fuse(),  # last: which parts of the chunk form are one kernel
 )
 
 

@@ -14,7 +14,7 @@ from chunkc.ir.diagnostics import Span
 if TYPE_CHECKING:
     import networkx
 
-Level = Literal["semantic", "normal", "chunked"]
+Level = Literal["semantic", "normal", "chunked", "fused"]
 
 
 class Parameter(Frozen):
@@ -111,7 +111,7 @@ class Module(Frozen):
     units: tuple[Unit, ...]
 
 
-for _model in (N.Param, N.Recur, N.Scan, T.Halving):
+for _model in (N.Param, N.Recur, N.Scan, T.Halving, T.Kernel):
     _model.model_rebuild(_types_namespace={"Graph": Graph})
 Graph.model_rebuild()
 

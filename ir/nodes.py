@@ -256,6 +256,9 @@ class Query(Frozen):
     arg: str
 
 
+REGIONS = ("backward", "step", "tiles", "tiles_backward", "kernels", "kernels_backward", "kernel_step")
+
+
 class Scan(Node):
     """A diagonal linear recurrence over an ordered axis (the normal form).
 
@@ -267,7 +270,8 @@ class Scan(Node):
     `stop`: no gradient passes from one step to the next.
 
     Passes derive from it, each as a graph of its own whose inputs are the scan's `arguments` by position: `backward`,
-    its gradient; `step`, one token; `tiles` and `tiles_backward`, the chunk form of the scan and of its gradient.
+    its gradient; `step`, one token; `tiles` and `tiles_backward`, the chunk form of the scan and of its gradient;
+    `kernels`, `kernels_backward` and `kernel_step`, the launches for these.
     """
 
     kind: Literal["scan"] = "scan"
@@ -289,6 +293,9 @@ class Scan(Node):
     step: Graph | None = None
     tiles: Graph | None = None
     tiles_backward: Graph | None = None
+    kernels: Graph | None = None
+    kernels_backward: Graph | None = None
+    kernel_step: Graph | None = None
 
     def arguments(self) -> tuple[str, ...]:
         """The ids of its operands, one a slot: gates, each write's sides, the added value, queries."""
@@ -297,8 +304,7 @@ class Scan(Node):
 
     def regions(self) -> dict[str, Graph]:
         """The graphs derived from it, by name."""
-        found = {"backward": self.backward, "step": self.step, "tiles": self.tiles,
-                 "tiles_backward": self.tiles_backward}  # fmt: skip
+        found = {name: getattr(self, name) for name in REGIONS}
         return {name: graph for name, graph in found.items() if graph is not None}
 
     def operands(self) -> tuple[str, ...]:
@@ -383,6 +389,8 @@ AnyNode = Annotated[
     | T.Prefix
     | T.Carry
     | T.Half
-    | T.Halving,
+    | T.Halving
+    | T.Kernel
+    | T.Buffer,
     Field(discriminator="kind"),
 ]

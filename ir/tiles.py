@@ -151,3 +151,45 @@ class Halving(Node):
         )
         totals = tuple(names.get(t, t) for t in self.totals)
         return self.evolve(body=self.body.evolve(nodes=nodes), totals=totals)
+
+
+class Kernel(Node):
+    """A launch: a graph over tiles (or of one token) computed in one go, with nothing in between in memory.
+
+    A program for each head, each row (a tile or a sequence) and each block of the sides in `blocks`. `reads` are the
+    body's inputs by position; each of the body's outputs goes to a `Buffer`."""
+
+    kind: Literal["kernel"] = "kernel"
+    role: str
+    rows: Literal["sequences", "tiles"]
+    blocks: tuple[Literal["i", "j"], ...] = ()
+    reads: tuple[str, ...]
+    body: Graph
+
+    def operands(self) -> tuple[str, ...]:
+        return self.reads
+
+    def renamed(self, names: dict[str, str]) -> Node:
+        return self.evolve(reads=tuple(names.get(r, r) for r in self.reads))
+
+
+class Buffer(Unary):
+    """Memory that a kernel's result `index` is written to.
+
+    `life`: a result of the call, saved for the gradient, or temporary. `element`: the type of the operands as given, or
+    that of states. `blocks`: a number for each block of that side, which are then added up. `replaces`: it takes the
+    place of a temporary buffer that its kernel is the last to read."""
+
+    kind: Literal["buffer"] = "buffer"
+    index: int
+    life: Literal["result", "saved", "temporary"]
+    element: Literal["given", "state"] = "given"
+    blocks: Literal["", "i", "j"] = ""
+    replaces: str | None = None
+
+    def operands(self) -> tuple[str, ...]:
+        return (self.arg, self.replaces) if self.replaces else (self.arg,)
+
+    def renamed(self, names: dict[str, str]) -> Node:
+        replaces = names.get(self.replaces, self.replaces) if self.replaces else None
+        return self.evolve(arg=names.get(self.arg, self.arg), replaces=replaces)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
 from chunkc.ir.graph import Graph, Level, moved_axes
-from chunkc.ir.verify_tiles import TILES
+from chunkc.ir.verify_tiles import KERNELS, TILES
 
 AXIS_FIELDS = ("axis", "over", "to", "source", "target", "batch", "i", "j", "declared", "row", "column")
-SEVERAL = N.Recur | N.Scan | T.Prefix | T.Carry | T.Halving  # kinds with several results
+SEVERAL = N.Recur | N.Scan | T.Prefix | T.Carry | T.Halving | T.Kernel  # kinds with several results
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Region:
 
     def results(self, node: N.AnyNode) -> list[tuple[str, ...]]:
         """The axes of each result of a node with several."""
+        if isinstance(node, T.Kernel):
+            return [node.body[id_].axes for _, id_ in node.body.outputs]
         if isinstance(node, T.Halving):
             return [self.axes(t) for t in node.totals]
         if isinstance(node, T.Carry):
@@ -106,6 +108,8 @@ def _regions(region: Region) -> Iterator[Region]:
         path = f"{region.path}{node.id}/"
         if isinstance(node, N.Recur):
             yield Region(node.body, region.level, path, region.graph, node)
+        elif isinstance(node, T.Kernel):
+            yield Region(node.body, node.body.level, path)
         elif isinstance(node, T.Halving):
             yield Region(node.body, node.body.level, path, region.graph, halving=node)
         elif isinstance(node, N.Param) and node.init is not None:
@@ -208,12 +212,12 @@ def in_place(r: Region) -> Found:
 
 
 def results_through_out(r: Region) -> Found:
-    """Nodes with several results are read by `out` nodes alone, each at an index that there is."""
+    """Nodes with several results are read by `out` (and `buffer`) nodes alone, each at an index that there is."""
     several = {n.id for n in r.graph.nodes if isinstance(n, SEVERAL)}
     for node in r.graph.nodes:
         if isinstance(node, N.GateGradient):
             continue
-        if not isinstance(node, N.Out):
+        if not isinstance(node, N.Out | T.Buffer):
             for arg in several.intersection(node.operands()):
                 yield node.id, f"it reads '{arg}', which has several results, without an out"
             continue
@@ -335,7 +339,7 @@ def _result(r: Region, node: N.AnyNode) -> tuple[str, ...] | None:
         return moved_axes(node, r.axes(node.arg))
     if isinstance(node, N.Gather):
         return (*r.axes(node.index), *_minus(r.axes(node.arg), (node.axis,)))
-    if isinstance(node, N.Out):
+    if isinstance(node, N.Out | T.Buffer):
         return r.results(r.graph[node.arg])[node.index]
     if isinstance(node, N.Capture) and r.outer is not None:
         return _minus(r.outer[node.outer].axes, (r.bound or "",))
@@ -471,4 +475,5 @@ RULES: dict[Level, tuple[Rule, ...]] = {
         gate_gradients,
     ),  # fmt: skip
     "chunked": (*COMMON, *TILES),
+    "fused": (*COMMON, *KERNELS),
 }

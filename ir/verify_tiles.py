@@ -127,3 +127,48 @@ def no_trajectories(r: Region) -> Found:
 
 TILES = (kinds_over_tiles, tile_axes, sums_and_products, carried_over_tiles, halves_of_blocks, exponents_not_positive,
          no_pairs_of_tokens, no_trajectories)  # fmt: skip
+
+
+def kinds_around_kernels(r: Region) -> Found:
+    """Only kernels, their buffers, and elementwise work between them."""
+    for node in r.graph.nodes:
+        if not isinstance(node, N.Input | N.Const | N.Map | T.Kernel | T.Buffer):
+            yield node.id, f"a {node.kind} does not stand between kernels"
+
+
+def kernels_read(r: Region) -> Found:
+    """A kernel reads what its body takes; a program has a block of each side once."""
+    for node in r.graph.of_kind(T.Kernel):
+        inputs = node.body.of_kind(N.Input)
+        if len(inputs) != len(node.reads):
+            yield node.id, f"it reads {len(node.reads)} values, and its body takes {len(inputs)}"
+            continue
+        for n, arg in zip(inputs, node.reads):
+            if n.axes != r.axes(arg):
+                yield node.id, f"'{arg}' is over {', '.join(r.axes(arg))}, and '{n.id}' over {', '.join(n.axes)}"
+        if len(set(node.blocks)) < len(node.blocks):
+            yield node.id, "it has two blocks of one side"
+
+
+def one_writer(r: Region) -> Found:
+    """Each result of a kernel goes to one buffer. One that replaces another has its axes, and is written by the last
+    kernel that reads it."""
+    buffers = r.graph.of_kind(T.Buffer)
+    for node in r.graph.of_kind(T.Kernel):
+        for index in range(len(node.body.outputs)):
+            count = sum(b.arg == node.id and b.index == index for b in buffers)
+            if count != 1:
+                yield node.id, f"its result {index} goes to {count} buffers"
+    place = {n.id: k for k, n in enumerate(r.graph.nodes)}
+    for buffer in buffers:
+        if buffer.replaces is None:
+            continue
+        old = r.graph[buffer.replaces]
+        readers = [n.id for n in r.graph.nodes if buffer.replaces in n.operands() and not isinstance(n, T.Buffer)]
+        if not isinstance(old, T.Buffer) or old.life != "temporary" or old.axes != buffer.axes:
+            yield buffer.id, f"it cannot replace '{buffer.replaces}'"
+        elif not readers or max(readers, key=place.__getitem__) != buffer.arg:
+            yield buffer.id, f"'{buffer.replaces}', which it replaces, is still read"
+
+
+KERNELS = (kinds_around_kernels, kernels_read, one_writer)

@@ -8,8 +8,10 @@ from derived import ALL, IDS, TOKENS, Scan, close, outputs, scans
 from torch import Tensor
 
 from chunkc.ir import nodes as N
+from chunkc.ir import tiles as T
 from chunkc.ir.graph import Graph
 from chunkc.passes.chunk import Chunk
+from chunkc.passes.fuse import derive
 
 each_scan = pytest.mark.parametrize("name, index", ALL, ids=IDS)
 
@@ -17,7 +19,8 @@ each_scan = pytest.mark.parametrize("name, index", ALL, ids=IDS)
 def over_axes(graph: Graph, scan: Scan) -> Graph:
     """A derived graph with the small sizes of the test."""
     own = {a.name: a for a in scan.axes()}
-    return graph.evolve(axes=tuple(own.get(a.name, a) for a in graph.axes))
+    nodes = tuple(n.evolve(body=over_axes(n.body, scan)) if isinstance(n, T.Kernel) else n for n in graph.nodes)
+    return graph.evolve(nodes=nodes, axes=tuple(own.get(a.name, a) for a in graph.axes))
 
 
 def reference(scan: Scan, tokens: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -74,3 +77,47 @@ def test_the_chunk_form_is_the_scan(name: str, index: int, tile: int, tokens: in
     assert list(found) == list(wanted)
     wrong = [n for n in wanted if not close(found[n], wanted[n])]
     assert not wrong, wrong
+
+
+@each_scan
+def test_steps_are_the_scan(name: str, index: int) -> None:
+    """Token by token from the initial state, the results and the last state are those of the scan."""
+    scan = scans(name)[index]
+    assert scan.node.step is not None
+    values = {n: x.detach() for n, x in scan.draw(TOKENS).items()}
+    wanted = outputs(scan.alone(), values, TOKENS)
+    state, step = values["initial"], over_axes(scan.node.step, scan)
+    rows: dict[str, list[Tensor]] = {n: [] for n in wanted if n != "last"}
+    for t in range(TOKENS):
+        token = {s.name: values[s.name][t] for s in scan.slots}
+        found = outputs(step, {**token, "state": state}, 1)
+        state = found["last"]
+        for n, row in rows.items():
+            row.append(found[n])
+    assert close(state, wanted["last"])
+    wrong = [n for n, row in rows.items() if not close(torch.stack(row), wanted[n])]
+    assert not wrong, wrong
+
+
+@each_scan
+def test_kernels_are_the_scan(name: str, index: int) -> None:
+    """Kernel by kernel, each from what it reads alone: forward, backward and one token."""
+    scan = scans(name)[index]
+    if not (scan.node.i or scan.node.j):
+        assert scan.node.kernels is None
+        return
+    derived = Chunk(tile=8).derive(scan.graph, scan.node)
+    fused = derive(scan.graph, scan.node.evolve(**derived))
+    values, grads, wanted = reference(scan, TOKENS)
+    found = outputs(over_axes(fused["kernels"], scan), values, TOKENS)
+    results = outputs(scan.alone(), values, TOKENS)
+    assert not [n for n in results if not close(found[n], results[n])]
+    given = {**values, **grads, "states": found["states"]}
+    found = outputs(over_axes(fused["kernels_backward"], scan), given, TOKENS)
+    wrong = [n for n in wanted if not close(found[n], wanted[n])]
+    assert list(found) == list(wanted) and not wrong, wrong
+    token = {s.name: values[s.name][0] for s in scan.slots} | {"state": values["initial"]}
+    found = outputs(over_axes(fused["kernel_step"], scan), token, 1)
+    assert scan.node.step is not None
+    once = outputs(over_axes(scan.node.step, scan), token, 1)
+    assert list(found) == list(once) and not [n for n in once if not close(found[n], once[n])]

@@ -141,4 +141,71 @@ def test_rejects_pairs_of_tokens_and_trajectories(tiles: Graph) -> None:
 
 def test_every_text_has_been_cut_into_tiles() -> None:
     found = [s.node for name in TEXTS for s in scans(name)]
-    assert found and all({"backward", "tiles", "tiles_backward"} <= set(s.regions()) for s in found)
+    assert found
+    for s in found:
+        assert set(s.regions()) == set(N.REGIONS if s.i or s.j else N.REGIONS[:4])
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Graph:
+    graph = scans("gated")[0].node.kernels_backward
+    assert graph is not None
+    verify(graph, "fused")
+    return graph
+
+
+def refused(graph: Graph, where: str, what: str) -> None:
+    with pytest.raises(VerifyError) as caught:
+        verify(graph, "fused")
+    assert any(m.node == where and what in m.text for m in caught.value.messages), caught.value
+
+
+def test_what_stays_between_kernels() -> None:
+    """Only states at tiles' edges are kept between kernels, and half of a gate's gradient."""
+    for name in TEXTS:
+        for scan in scans(name):
+            if scan.node.kernels is None or scan.node.kernels_backward is None:
+                continue
+            forward, backward = scan.node.kernels, scan.node.kernels_backward
+            assert [b.id for b in forward.of_kind(T.Buffer) if b.life != "result"] == ["states"]
+            kept = [b for b in backward.of_kind(T.Buffer) if b.life != "result"]
+            assert kept[0].id == "ends" and all(b.id.endswith("_edges") for b in kept[1:])
+            assert len(kept) == 1 + (len(scan.node.gates) == 1)
+            assert [k.role for k in forward.of_kind(T.Kernel)][0] == "states"
+            assert 3 <= len(backward.of_kind(T.Kernel)) <= 6
+
+
+def test_a_kernel_computes_no_more_than_it_writes(kernels: Graph) -> None:
+    roles = {k.role: k.body for k in kernels.of_kind(T.Kernel)}
+    assert set(roles) == {"ends", "grad_j", "grad_i", "edges_i", "gate_i"}
+    assert not roles["ends"].of_kind(T.Halving) and not roles["edges_i"].of_kind(T.Halving)
+    assert {n.name for n in roles["gate_i"].of_kind(N.Input)} == {"g", "k", "v", "query", "d_out_query", "d_g_edges"}
+    (halving,) = roles["grad_j"].of_kind(T.Halving)
+    assert len(halving.totals) == len(halving.parts) == 1
+
+
+def test_rejects_kernels(kernels: Graph) -> None:
+    (first, *_) = kernels.of_kind(T.Kernel)
+    refused(change(kernels, first.id, reads=first.reads[1:]), first.id, "and its body takes")
+    refused(change(kernels, first.id, reads=("v", *first.reads[1:])), first.id, "'v' is over t, h, j")
+    refused(change(kernels, first.id, blocks=("i", "i")), first.id, "two blocks of one side")
+    refused(
+        insert(kernels, N.Reduce(id="new", fn="sum", arg="k", over=("i",), axes=("t", "h"))), "new", "between kernels"
+    )
+    inner = change(first.body, first.body.of_kind(T.Carry)[0].id, axis="place")
+    refused(change(kernels, first.id, body=inner), f"{first.id}/{first.body.of_kind(T.Carry)[0].id}", "its update")
+
+
+def test_rejects_buffers(kernels: Graph) -> None:
+    first = kernels.of_kind(T.Buffer)[0]
+    refused(insert(kernels, first.evolve(id="new")), first.arg, "goes to 2 buffers")
+    without = kernels.evolve(outputs=(), nodes=tuple(n for n in kernels.nodes if n.id != "d_v"))
+    refused(without, "grad_j_kernel", "goes to 0 buffers")
+    gate = next(b for b in kernels.of_kind(T.Buffer) if b.replaces)
+    refused(change(kernels, gate.id, replaces="d_v"), gate.id, "it cannot replace 'd_v'")
+    late = N.Map(id="new", fn="exp", args=(gate.replaces or "",), axes=gate.axes)
+    refused(insert(kernels, late), gate.id, "is still read")
+    refused(change(kernels, gate.id, index=1), gate.id, "there is no result 1")

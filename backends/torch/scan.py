@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from chunkc.backends.scan import ScanForm
-from chunkc.backends.torch.tiles import Printer
+from chunkc.backends.scan import ScanForm, other
+from chunkc.backends.torch.tiles import ATOM, Printer, Text
 from chunkc.backends.writer import Lines, Writer
 from chunkc.ir.graph import Graph
 from chunkc.ir.nodes import Input
@@ -39,7 +39,7 @@ def emit_scan(form: ScanForm, lines: Lines, w: Writer) -> None:
             w(f"return None, {', '.join(p.results())}")
     w()
     w()
-    _step(form, w)
+    _step(form, lines, w)
     w()
     w()
     with w.indented(f"def {form.name}_scan(seq: Sequences, {_typed(names)}, initial: Tensor) -> tuple[Tensor, ...]:"):
@@ -67,17 +67,18 @@ def _signature(form: ScanForm) -> str:
             "Gives each read before the update, and the last state.")  # fmt: skip
 
 
-def _step(form: ScanForm, w: Writer) -> None:
+def _step(form: ScanForm, lines: Lines, w: Writer) -> None:
+    """One token, as matrices of one row for an operand."""
     names = [o.name for o in form.operands()]
+    step = form.scan.step
+    assert step is not None, "the scan has no step"
     with w.indented(f"def {form.name}_step({_typed(names)}, state: Tensor) -> tuple[Tensor, ...]:"):
         w('"""One token: the reads before the update, and the state after it."""')
-        w(f"{', '.join(names)} = {', '.join(f'{n}[:, 0]' for n in names)}")
-        for q, out in zip(form.queries, form.results()):
-            tail, dim = ("[..., :, None]", -2) if q.side == "i" else ("[..., None, :]", -1)
-            w(f"{out} = ({q.name}{tail} * state).sum({dim})[:, None]")
-        for g in form.gates:
-            tail = "[..., :, None]" if g.side == "i" else "[..., None, :]"
-            w(f"state = state * {g.name}{'' if g.raw else '.exp()'}{tail}")
-        for p in form.write_pairs():
-            w(f"state = state + {p.i}[..., :, None] * {p.j}[..., None, :]")
-        w(f"return {', '.join([*form.results(), 'state'])}")
+        w(f"{', '.join(names)} = (x.transpose(1, 2) for x in ({', '.join(names)}))")
+        p = Printer(step, form.scan, _named(step, [*names, "state"]), lines, w)
+        for o, node in zip(form.operands(), step.of_kind(Input)):
+            p.texts[node.id] = Text(o.name, ATOM, ("1", "1" if o.thin else p.symbol(o.side)))
+        p.statements()
+        *reads, state = p.outputs()
+        rows = [x.laid(("1", p.symbol(other(q.side)))) for x, q in zip(reads, form.queries)]
+        w(f"return {', '.join([*(f'{x.within(ATOM)}.transpose(1, 2)' for x in rows), state.text])}")

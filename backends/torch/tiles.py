@@ -66,6 +66,7 @@ class Printer:
         for node in graph.nodes:
             if self.repeated(node):
                 self.uses.update(dict.fromkeys(_slots(node), self.uses[node.id] - 1))
+        self.results_by_id = {id_ for _, id_ in graph.outputs}
         self.owner: dict[str, str] = {}  # the name of each statement's value
         self.reserved = FUNCTIONS
         self.blocks = ""
@@ -103,7 +104,7 @@ class Printer:
         """Whether a node has a line of its own: used twice, or worth a name."""
         if isinstance(node, N.Rename | T.Untile) or self.repeated(node):
             return False
-        if self.uses[node.id] > 1 or isinstance(node, T.Tile):
+        if self.uses[node.id] > 1 or isinstance(node, T.Tile) or node.id in self.results_by_id:
             return True
         if isinstance(node, T.Half):
             return not node.id.startswith("half")
@@ -214,6 +215,10 @@ class Printer:
             return found[0], found[1]
         return ("i" if "i" in sides else "1"), ("j" if "j" in sides else "1")
 
+    def symbol(self, side: str) -> str:
+        """The symbol of a side, if it has an axis."""
+        return side if side in self.sides.values() else "1"
+
     def use(self, id_: str) -> Text:
         """A value where it is used: a name, or the whole expression if this is its only use."""
         if id_ in self.texts:
@@ -281,8 +286,11 @@ class Printer:
         assert (left.layout, right.layout) == ((rows, summed[0]), (summed[0], columns)), (node, left, right)
         return Text(f"{left.within(ATOM)} @ {right.within(ATOM)}", PRODUCT, (rows, columns))
 
+    def outputs(self) -> list[Text]:
+        return [self.use(id_) for _, id_ in self.graph.outputs]
+
     def results(self) -> list[str]:
-        return [self.use(id_).text for _, id_ in self.graph.outputs]
+        return [x.text for x in self.outputs()]
 
 
 def base(id_: str) -> str:

@@ -435,7 +435,7 @@ class Tiler:
         """The gradient of a gate that is no logarithm: its own value is divided out, so that exact zeros have one."""
         tokens = self.finished(node.id)
         raised = self.b.map("max", self.done[gate.arg], self.b.const(SMALL))
-        self.done[node.id] = self.b.map("/", tokens, raised)
+        self.done[node.id] = self.b.map("/", tokens, raised, hint=node.id)
 
     # -- scans without sides -------------------------------------------------------------------------------------------
 
