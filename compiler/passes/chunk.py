@@ -31,6 +31,7 @@ from chunkc.passes.regions import (
 )
 
 Half = Literal["earlier", "later"]
+TILE = 64  # tokens
 SMALL = 2.0**-40  # the least gate that a gradient is divided by
 
 
@@ -39,7 +40,7 @@ class Chunk:
     """Gives each scan its `tiles`, which also puts out the states at the tiles' edges, and its `tiles_backward`, which
     takes those in place of `initial`."""
 
-    tile: int = 64
+    tile: int = TILE
     name: str = "chunk"
 
     def run(self, graph: Graph) -> Graph:
