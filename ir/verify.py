@@ -357,6 +357,13 @@ def no_scan(r: Region) -> Found:
         yield node.id, "a scan stands only at the normal level"
 
 
+def no_tiles(r: Region) -> Found:
+    """Tiles and kernels stand below the normal level."""
+    for node in r.graph.nodes:
+        if type(node).__module__ == T.__name__:
+            yield node.id, f"a {node.kind} does not stand at the level {r.level}"
+
+
 # -- normal ----------------------------------------------------------------------------------------------------------
 
 
@@ -461,9 +468,10 @@ STRUCTURE: tuple[Rule, ...] = (
 )  # fmt: skip
 COMMON: tuple[Rule, ...] = (*STRUCTURE, works_along, sequences, map_axes, weight_axes, result_axes)
 RULES: dict[Level, tuple[Rule, ...]] = {
-    "semantic": (*COMMON, no_scan),
+    "semantic": (*COMMON, no_scan, no_tiles),
     "normal": (
         *COMMON,
+        no_tiles,
         recur_has_reason,
         scan_sides,
         scan_operands,

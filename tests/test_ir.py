@@ -389,6 +389,12 @@ def test_semantic_rejects_scans(normal: Graph) -> None:
     rejected(normal.evolve(level="semantic"), only(normal, N.Scan).id, "only at the normal level")
 
 
+def test_no_tiles_above_their_level(semantic: Graph, normal: Graph) -> None:
+    span = N.T.Span(id="new", arg="x", fn="before", axis="t", axes=("t", "d"))
+    for graph in (semantic, normal):
+        rejected(insert(graph, span), "new", f"does not stand at the level {graph.level}")
+
+
 def test_normal_rejects_recurrences_without_reason(normal: Graph) -> None:
     recur = only(normal, N.Recur)
     rejected(change(normal, recur.id, reason=""), recur.id, "has a reason")
