@@ -1,4 +1,9 @@
-"""The list of passes, and how they run."""
+"""The list of passes, and how they run.
+
+A spec's graph arrives at the level `semantic`. Below `normal` the levels are those of graphs that stand under a scan:
+`chunked`, then `fused`. The last one, `tiled`, is the inside of kernels: values of `backends/triton/kernel.py`, which
+the back end builds from the fused graphs, verifies (`backends/triton/verify.py`) and prints.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from chunkc.backends.scan import Operand, ScanForm, scan_form
 from chunkc.backends.triton.kernel import Kernel
 from chunkc.backends.triton.schedule import SideKernel, SidePlan, pass_kernel
 from chunkc.backends.triton.vector import step_kernel, vector_kernel
+from chunkc.backends.triton.verify import verify_kernel
 from chunkc.backends.writer import Lines, Writer
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
@@ -32,6 +33,8 @@ def kernels_of(form: ScanForm, lines: Lines, spans: dict[str, str]) -> dict[str,
             plan = _plan(form, launch)
             out[launch.role] = SideKernel(form, plan, f"{form.name}_{launch.role}", spans).build()
     out["token"] = step_kernel(form, lines)
+    for kernel in out.values():
+        verify_kernel(kernel)
     return out
 
 

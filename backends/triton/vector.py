@@ -23,7 +23,7 @@ def vector_kernel(reverse: bool, tropical: bool) -> Kernel:
         tile = b.let("tile", first + count - 1 - step if reverse else first + step)
         start = b.load("start", Expr("tile_start_ptr") + tile, None)
         stop = b.load("stop", Expr("tile_stop_ptr") + tile, None)
-        token = b.let("token", start + (Expr("C") - 1 - row) if reverse else start + row)
+        token = b.let("token", start + "C" - 1 - row if reverse else start + row)
         b.let("mask", (token < stop).rows & has.cols)
         cell = b.let("cell", token.rows * "D" + col.cols)
         idle = ("0.0", 'float("-inf")') if tropical else ("1.0", "0.0")
