@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
-from derived import ALL, IDS, TEXTS, scans
+from derived import ALL, IDS, SPECS, TEXTS, scans
+from emitted import Case, emit, errors
 
+from chunkc import cli
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
 from chunkc.ir.graph import Graph
@@ -209,3 +214,44 @@ def test_rejects_buffers(kernels: Graph) -> None:
     late = N.Map(id="new", fn="exp", args=(gate.replaces or "",), axes=gate.axes)
     refused(insert(kernels, late), gate.id, "is still read")
     refused(change(kernels, gate.id, index=1), gate.id, "there is no result 1")
+
+
+def test_graph_of_lower_levels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Down to the kernels, whose text is the one that a package has."""
+    spec = SPECS / "retention.spec"
+    found = {}
+    for level in ("normal", "chunked", "fused", "tiled"):
+        assert cli.run(["graph", str(spec), "--level", level]) == 0
+        found[level] = capsys.readouterr().out
+    assert "scan" in found["normal"] and "= carry" not in found["normal"]
+    assert "backward=" in found["chunked"] and "= carry" in found["chunked"] and "= kernel" not in found["chunked"]
+    assert "= kernel" in found["fused"] and "= buffer" in found["fused"]
+    assert cli.run(["build", str(spec), "-o", str(tmp_path)]) == 0
+    comments = re.compile("  # .*")  # they name the file as it was given
+    emitted = comments.sub("", (tmp_path / "retention" / "_kernels.py").read_text())
+    kernels = [k for k in comments.sub("", found["tiled"]).split("@triton.jit\n") if k]
+    assert len(kernels) == 8 and all(k.strip() in emitted for k in kernels)
+
+
+NAMES = """op names(dk: int, dv: int) {
+  axes { t: time, place = dk, block = dv, tile = 2, later = 3 }
+  input part[t, tile, place], score[t, tile, place], d_score[t, tile, block, later], half[t, tile, place] in [-inf, 0]
+  input d_score_low[t, tile, place], update[t, tile, block, later]
+  recurrence over t {
+    state S[tile, place, block, later]
+    S = exp(half) * S + score * d_score + d_score_low * update
+    o = sum[place](part * S)
+  }
+  output o
+}
+"""
+
+
+def test_names_of_tiles_and_emitted_code_may_be_used(tmp_path: Path) -> None:
+    """Axes and operands under names that chunk forms and their text have for themselves; two axes on one side."""
+    module, units, compiled = emit(NAMES, tmp_path, "names.spec")
+    (scan,) = compiled[0].graph.of_kind(N.Scan)
+    assert scan.tiles is not None and {"tile_", "place_", "block_", "later_"} <= set(scan.tiles.axis)
+    case = Case({"dk": 4, "dv": 6}, [70, 3], packed=True, resume=True, values={"half": cases.mixed})
+    found = errors(module, units[0], case)
+    assert max(found.values()) <= 1, found

@@ -174,7 +174,8 @@ class Printer:
             found.append(name)
             if index in outs:
                 self.named(outs[index].id, name, self.layout((*self.scan.i, *self.scan.j)))
-        self.w(f"{', '.join(found)} = seq.carry({arguments}{', reverse=True' if node.reverse else ''})")
+        where = self.lines.place(node.span)
+        self.w(f"{', '.join(found)} = seq.carry({arguments}{', reverse=True' if node.reverse else ''})  # {where}")
 
     def halving(self, node: T.Halving) -> None:
         inner = self.inner(node)

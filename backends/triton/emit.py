@@ -10,6 +10,7 @@ from chunkc.backends.triton.verify import verify_kernel
 from chunkc.backends.writer import Lines, Writer
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
+from chunkc.ir.diagnostics import SourceFile
 from chunkc.ir.graph import Unit
 from chunkc.ir.nodes import Input
 
@@ -65,6 +66,18 @@ def spans_of(unit: Unit, lines: Lines) -> dict[str, str]:
 def prefix_of(unit: Unit, units: tuple[Unit, ...]) -> str:
     """What stands before a scan's name where a module holds several units."""
     return f"{unit.name}_" if len(units) > 1 else ""
+
+
+def print_kernels(unit: Unit, source: SourceFile) -> str:
+    """The text of the level `tiled`: the kernels of each matrix scan of a unit."""
+    lines, w = Lines(source), Writer()
+    for scan in unit.graph.of_kind(N.Scan):
+        if scan.i or scan.j:
+            form = scan_form(scan, {n.id: n.axes for n in unit.graph.nodes})
+            for kernel in kernels_of(form, lines, spans_of(unit, lines)).values():
+                kernel.print(w)
+                w()
+    return w.text()
 
 
 def emit_kernels(units: tuple[Unit, ...], lines: Lines) -> str:
