@@ -346,27 +346,34 @@ def _rewrite(path: Path, text: str) -> None:
 
 # -- graph -------------------------------------------------------------------------------------------------------------
 
+# The pass that brings a graph to a level; at the last one there are kernels, which the back end makes of the graph.
+LEVELS = {"normal": "normalize", "chunked": "chunk", "fused": "fuse", "tiled": "fuse"}
+
 
 @cli.command()
 @click.argument("file")
-@click.option("--level", type=click.Choice(["semantic", "normal"]), default="normal", show_default=True,
-              help="As it is written, or as the back ends get it.")  # fmt: skip
+@click.option("--level", type=click.Choice(["semantic", *LEVELS]), default="normal", show_default=True,
+              help="As written, in normal form, with what is derived from each scan, or the kernels.")  # fmt: skip
 @click.option("--format", "form", type=click.Choice(["text", "dot"]), default="text", show_default=True)
 @_common
 @click.pass_obj
 def graph(session: Session, file: str, level: str, form: str) -> int:
     """Print the graph of each layer and op of a spec file."""
+    from chunkc.backends.triton.emit import print_kernels
     from chunkc.driver import check_source, compile_source
     from chunkc.ir.dot import as_dot
     from chunkc.ir.text import print_graph
+    from chunkc.pipeline import upto
 
+    if (level, form) == ("tiled", "dot"):
+        raise click.UsageError("kernels are text alone")
     with session.collecting():
         source = session.read(file)
         if level == "semantic":
             checked = check_source(source)
             units = checked.module.units
         else:
-            compiled = compile_source(source)
+            compiled = compile_source(source, upto(LEVELS[level]))
             checked, units = compiled.checked, compiled.units
         session.found.extend(checked.warnings)
         for unit in units:
@@ -374,7 +381,8 @@ def graph(session: Session, file: str, level: str, form: str) -> int:
                 click.echo(as_dot(unit.graph, unit.name), nl=False)
             else:
                 head = f"{unit.kind} {unit.name}\n" if len(units) > 1 else ""
-                click.echo(head + print_graph(unit.graph), nl=False)
+                text = print_kernels(unit, source) if level == "tiled" else print_graph(unit.graph)
+                click.echo(head + text, nl=False)
     return session.finish()
 
 
