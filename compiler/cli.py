@@ -16,7 +16,7 @@ import secrets
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata, resources
 from pathlib import Path
@@ -52,8 +52,12 @@ class Session:
 
     def read(self, path: str, name: str | None = None) -> SourceFile:
         """The text of a file, or of stdin for `-`, under the name that diagnostics show."""
+        from chunkc.dsl.uses import gather
+
         source = _stdin() if path == "-" else SourceFile.read(Path(path), name or path)
-        self.sources[source.name] = source
+        with suppress(CompileError):  # what cannot be used is reported where the file is checked
+            source = gather(source)
+        self.sources |= {s.name: s for s in (source, *source.used)}
         return source
 
     @contextmanager
@@ -150,13 +154,13 @@ def cli() -> None:
 @click.pass_obj
 def check(session: Session, files: tuple[str, ...], form: str) -> int:
     """Check spec files, folders of them, or stdin (-)."""
-    from chunkc.driver import compile_source
+    from chunkc.driver import judge
 
     paths = _spec_files(files)
     with _progress(paths, "checking") as steps:
         for path in steps:
             with session.collecting():
-                session.found.extend(compile_source(session.read(path)).checked.warnings)
+                session.found.extend(judge(session.read(path)))
     if form == "json":
         click.echo(render_json(session.found, session.sources))
     elif form == "github":

@@ -12,7 +12,7 @@ from chunkc.dsl.uses import gather, used_name
 from chunkc.ir.diagnostics import CompileError, Diagnostic, SourceFile
 from chunkc.ir.graph import Module, Unit
 from chunkc.ir.nodes import Recur
-from chunkc.pipeline import PASSES, Pass, run
+from chunkc.pipeline import PASSES, Pass, run, upto
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,15 @@ def _check(source: SourceFile, file: File, dropped: str, exports: dict[str, Expo
 def check_path(path: Path, name: str | None = None) -> Checked:
     """`check_source` of a file; `name` is what diagnostics and emitted comments call it (its base name if unsaid)."""
     return check_source(SourceFile.read(path, name or path.name))
+
+
+def judge(source: SourceFile) -> tuple[Diagnostic, ...]:
+    """A right file's warnings, those that its normal form gives included.
+
+    Raises:
+        CompileError: as `check_source`.
+    """
+    return compile_source(source, upto("normalize")).checked.warnings
 
 
 def compile_source(source: SourceFile, passes: tuple[Pass, ...] = PASSES) -> Compiled:
