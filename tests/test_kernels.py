@@ -101,6 +101,9 @@ def test_rejects_stores_and_loads_without_masks() -> None:
     tokens = parse_expr("inside[:, None]")
     refused(mapped(kernel, lambda s: replace(s, mask=tokens) if isinstance(s, Store) else s), "no mask bounds col_j")
 
+    other = lambda s: replace(s, value=parse_expr("col_i < J")) if isinstance(s, Let) and s.name == "has_i" else s
+    refused(mapped(kernel, other), "no mask bounds col_i")
+
     def unmasked(s: Statement) -> Statement:
         if isinstance(s, Let) and s.name == "k":
             return replace(s, value=replace(s.value, keywords=(("mask", "has_i[None, :]"), ("other", "0.0"))))
@@ -120,6 +123,8 @@ def test_rejects_shapes() -> None:
     refused(put("tl.dot(row, states)"), "tl.dot of what is no matrix")
     refused(put("tl.sum(query, 2)"), "a sum over axis 2")
     refused(put("query"), "meets")
+    refused(put("tl.load(col_j)"), "it is no pointer")
+    refused(put("tl.load((query_ptr + row) * I)"), "an offset is added to a pointer")
     refused(put("tl.sort(query)"), "'tl.sort' is no function of kernels")
 
 

@@ -14,7 +14,7 @@ from chunkc.backends.triton.text import parse_expr
 
 Shape = tuple[str, ...]
 ELEMENTWISE = ("tl.where", "tl.maximum", "tl.exp")
-BOUNDS = ("stop", "I", "J", "D")  # what ranges are cut off at: a sequence's end, a side's size
+BOUNDS = {"row": "stop", "col_i": "I", "col_j": "J", "col": "D"}  # where ranges end: with a sequence, with a side
 
 
 class KernelError(Exception):
@@ -23,11 +23,13 @@ class KernelError(Exception):
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a value: its shape, the ranges it depends on, those that it is true inside of only."""
+    """What is known of a value: its shape, the ranges it depends on, those that it is true inside of only, and whether
+    it is a pointer."""
 
     shape: Shape = ()
     ranges: frozenset[str] = frozenset()
     bounded: frozenset[str] = frozenset()
+    pointer: bool = False
 
 
 def verify_kernel(kernel: Kernel) -> None:
@@ -39,7 +41,7 @@ def verify_kernel(kernel: Kernel) -> None:
     for name in kernel.arguments:
         if not name.endswith("_ptr"):
             raise KernelError(f"{kernel.name}: argument '{name}' is no pointer")
-    known = {name: Known() for name in (*kernel.arguments, *CONSTANTS)}
+    known = {name: Known(pointer=name in kernel.arguments) for name in (*kernel.arguments, *CONSTANTS)}
     _Walk(kernel.name).body(kernel.body, known)
 
 
@@ -111,6 +113,8 @@ class _Walk:
 
     def masked(self, pointer: Known, mask: Expr | None, known: dict[str, Known]) -> None:
         """The mask fits the pointer and bounds all that it ranges over."""
+        if not pointer.pointer:
+            raise self.fail("it is no pointer")
         bound = self.value(mask, known) if mask is not None else Known()
         self.same(self.broadcast(pointer, bound).shape, pointer.shape)
         open_ = pointer.ranges - bound.bounded
@@ -135,8 +139,12 @@ class _Walk:
 
     def infix(self, e: Expr, args: list[Known]) -> Known:
         out = self.broadcast(*args)
-        if e.op == "<" and e.args[1].op in BOUNDS:
-            return Known(out.shape, out.ranges, args[0].ranges)
+        if any(a.pointer for a in args):
+            if e.op != "+" or args[1].pointer:
+                raise self.fail("an offset is added to a pointer, and nothing else is done with one")
+            return Known(out.shape, out.ranges, pointer=True)
+        if e.op == "<":
+            return Known(out.shape, out.ranges, frozenset(r for r in args[0].ranges if BOUNDS.get(r) == e.args[1].op))
         if e.op == "&":
             return Known(out.shape, out.ranges, args[0].bounded | args[1].bounded)
         return out
