@@ -86,7 +86,7 @@ def _torch(units: tuple[Unit, ...], lines: Lines) -> str:
         w()
     used = ["max_plus_scan", "vector_scan"]
     if forms:
-        used += ["LOG_SMALL", "Sequences", "after", "before", "halves", "levels", "log_gate"]
+        used += ["LOG_SMALL", "once", "Sequences", "after", "before", "halves", "levels", "log_gate"]
     w(f"from ._runtime import {', '.join(sorted(used))}")
     w()
     names = [f"{scan_form(s, _axes(u.graph), prefix_of(u, units)).name}_scan" for u, s in forms]

@@ -353,13 +353,13 @@ class UnitEmitter:
         self.state_checks(who, first, count)
         with w.indented("if check:"):
             for n in self.inputs:
-                low, high = (None if x is None or math.isinf(x) else x for x in (n.low, n.high))
-                w(f'check_values("{who}", "{n.name}", {identifier(n.name)}, {low!r}, {high!r})')
+                low, high = bound(n.low), bound(n.high)
+                w(f'check_values("{who}", "{n.name}", {identifier(n.name)}, {low}, {high})')
             for p in self.weights:
-                low, high = (None if x is None or math.isinf(x) else x for x in (p.low, p.high))
-                if low is not None or high is not None:
+                low, high = bound(p.low), bound(p.high)
+                if p.low is not None or p.high is not None:
                     value = f"self.{self.attribute(p.name)}" if self.unit.kind == "layer" else identifier(p.name)
-                    w(f'check_values("{who}", "{p.name}", {value}, {low!r}, {high!r})')
+                    w(f'check_values("{who}", "{p.name}", {value}, {low}, {high})')
             for space, name in zip(self.spaces, self.offsets()):
                 with w.indented(f"if {name} is not None:"):
                     w(f'check_packing("{who}", {name}, {identifier(self.of_space(space).name)}.shape[1])')
@@ -500,3 +500,8 @@ class UnitEmitter:
                     if self.graph.axis[a].size == Size(op="param", value=p.name) and p.default is None:
                         out.setdefault(p.name, f"length({identifier(n.name)}, {k + 2})")
         return out
+
+
+def bound(x: float | None) -> str:
+    """An end of a declared range, as text."""
+    return repr(x) if x is None or math.isfinite(x) else f'float("{x}")'

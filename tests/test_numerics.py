@@ -144,6 +144,30 @@ def test_states_are_as_declared(built: Any) -> None:
     assert built("unread")[0].unread_state._fields == ("z", "S", "M", "L")
 
 
+EDGES = [("raw_key", cases.vanishing), ("raw_product", cases.vanishing), ("raw_and_log", cases.vanishing),
+         ("gated", cases.closing), ("value_gate", cases.closing), ("product_gate", cases.closing),
+         ("scalar_gate", cases.closing)]  # fmt: skip
+
+
+def at_edges(built: Any, name: str, make: Any) -> dict[str, float]:
+    """Gates at the ends of their range: the errors of a packed batch."""
+    module, unit = built(name)
+    own = {n: make for n in unit.inputs if n in (cases.RAW_GATES if make is cases.vanishing else cases.LOG_GATES)}
+    values = {**gates(unit, cases.mixed), **own}
+    return errors(module, unit, Case({**SETTINGS, "heads": 3}, [70, 3, 0, 1], packed=True, resume=True, values=values))
+
+
+@pytest.mark.parametrize("name, make", EDGES)
+def test_gates_at_the_ends_of_their_range(built: Any, name: str, make: Any) -> None:
+    check(at_edges(built, name, make))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name, make", EDGES)
+def test_interpreted_gates_at_the_ends_of_their_range(built: Any, name: str, make: Any) -> None:
+    check(at_edges(built, name, make))
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ALL)
 def test_interpreted_kernels(built: Any, name: str) -> None:

@@ -31,6 +31,7 @@ def emit_scan(form: ScanForm, lines: Lines, w: Writer) -> None:
         w()
         w("@staticmethod")
         with w.indented(f"def backward(ctx: Any, {_typed([*grads, 'd_last'])}) -> tuple[Tensor | None, ...]:"):
+            w("once()")
             w("seq = ctx.seq")
             w(f"{', '.join(names)}, states = ctx.saved_tensors")
             given = _named(scan.tiles_backward, [*names, "states", *grads, "d_last"])

@@ -93,7 +93,7 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines) -> str:
     w("from torch import Tensor")
     w()
     w("from . import _runtime")
-    w("from ._runtime import LOG_SMALL, TILE, Sequences, log_gate")
+    w("from ._runtime import LOG_SMALL, TILE, Sequences, log_gate, once")
     w()
     w("LEVELS = TILE.bit_length() - 1  # halvings of a tile down to single tokens")
     w("BLOCK = 64  # columns of a side a program takes; Triton 3.6 miscompiles narrower products for Hopper")
@@ -195,6 +195,7 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
         grads = [f"d_{o}" for o in outs]
         typed_grads = ", ".join(f"{g}: Tensor" for g in [*grads, "d_last"])
         with w.indented(f"def backward(ctx: Any, {typed_grads}) -> tuple[Tensor | None, ...]:"):
+            w("once()")
             _backward(form, kernels, backward, w)
     w()
     w()
@@ -257,11 +258,9 @@ def _backward(form: ScanForm, kernels: dict[str, Kernel], backward: list[T.Kerne
     _launch(kernels, backward[0], w, {"initial": "d_last", "last": "d_initial", "states": "ends"})
     for o in form.operands():
         w(f"d_{o.name} = {_gradient_buffer(o)}")
-    raised = False
+    raised: set[str] = set()
     for launch in backward[1:]:
-        if not raised and any(tile.log == "small" for tile in launch.body.of_kind(T.Tile)):
-            raised = True
-            _raise_gates(form, w)
+        raised = _raise_gates(form, raised_by(form, launch), raised, w)
         _launch(kernels, launch, w)
     for g in form.gates:
         if g.thin:
@@ -271,11 +270,24 @@ def _backward(form: ScanForm, kernels: dict[str, Kernel], backward: list[T.Kerne
     w(f"return None, {', '.join(f'd_{n}' for n in names)}, d_initial")
 
 
-def _raise_gates(form: ScanForm, w: Writer) -> None:
+def raised_by(form: ScanForm, launch: T.Kernel) -> set[str]:
+    """The gates that a kernel wants raised, by name: those that are divided out of their gradient."""
+    graph = form.scan.kernels_backward
+    assert graph is not None
+    names = dict(zip((n.name for n in graph.of_kind(N.Input)), (o.name for o in form.operands())))
+    small = {tile.arg for tile in launch.body.of_kind(T.Tile) if tile.log == "small"}
+    return {names[launch.body[arg].name] for arg in small}  # type: ignore[union-attr]
+
+
+def _raise_gates(form: ScanForm, wanted: set[str], raised: set[str], w: Writer) -> set[str]:
+    """Give each gate that is no logarithm the least value that the next kernel wants; those that are raised now."""
     for g in form.gates:
-        if g.raw:
+        if g.name in wanted - raised:
             w(f"# {g.name} is divided out of its gradient, so that exact zeros have one")
             w(f"{g.name} = log_gate({g.name}_value, LOG_SMALL)")
+        elif g.name in raised - wanted:
+            w(f"{g.name} = log_gate({g.name}_value)")
+    return wanted
 
 
 def _gradient_buffer(o: Operand) -> str:

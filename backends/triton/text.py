@@ -97,6 +97,8 @@ class _Reader:
         if isinstance(node, ast.Call) and ast.unparse(node.func) != "float":
             keywords = tuple((k.arg or "", self.source(k.value)) for k in node.keywords)
             return Expr(ast.unparse(node.func), tuple(self.expr(a) for a in node.args), keywords)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):  # a number below 0
+            return lift(self.source(node))
         if isinstance(node, ast.Constant | ast.Name | ast.Attribute | ast.Tuple | ast.Call):
             return lift(re.sub(r"\s+", " ", self.source(node)))
         raise ValueError(f"line {node.lineno}: no expression of a kernel")

@@ -152,7 +152,7 @@ class _Walk:
     def name(self, op: str, known: dict[str, Known]) -> Known:
         if op in known:
             return known[op]
-        if op[0].isdigit() or op in ("True", 'float("-inf")') or op.startswith("("):
+        if op.removeprefix("-")[0].isdigit() or op in ("True", 'float("-inf")') or op.startswith("("):
             return Known()
         raise self.fail(f"'{op}' is not defined")
 

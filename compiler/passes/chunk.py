@@ -139,7 +139,7 @@ class Tiler:
         self.done: dict[str, str] = {}
         self.edges: dict[str, str] = {}
         self.pending: dict[str, int] = {}
-        self.logs: Literal["zero", "small"] = "zero"
+        self.raised = ""  # the gate that is raised to `SMALL` while its gradient is taken
 
     def graph(self, saved: bool) -> Graph:
         """`saved`: the states at tiles' edges are an input; else they are an output."""
@@ -199,7 +199,7 @@ class Tiler:
         for g in scan.gates:
             over_j = bool(set(self.source[g.arg].axes) & set(scan.j))
             if over_j == (side == "j"):
-                return self.tile(g.arg, "given" if g.log else self.logs)
+                return self.tile(g.arg, "given" if g.log else "small" if g.arg == self.raised else "zero")
         return None
 
     def span(self, b: Builder, arg: str, fn: str, axis: str, hint: str = "") -> str:
@@ -378,21 +378,22 @@ class Tiler:
     # -- gates ---------------------------------------------------------------------------------------------------------
 
     def gates(self, nodes: list[N.GateGradient]) -> None:
-        """The gates' gradients. Where a gate is no logarithm they are taken anew, with gates raised to `SMALL`."""
-        scans = [self.source[n.scan] for n in nodes]
-        if any(not g.log for s in scans if isinstance(s, N.Scan) and (s.i or s.j) for g in s.gates):
-            self.close()
-            self.logs = "small"
-        for node, scan in zip(nodes, scans):
-            assert isinstance(scan, N.Scan)
-            if scan.i or scan.j:
-                self.gate_gradient(node, scan)
-            else:
+        """The gates' gradients. That of a gate which is no logarithm is taken with this gate, and no other, raised to
+        `SMALL`: so much is divided out again."""
+        found = [(node, scan) for node in nodes if isinstance(scan := self.source[node.scan], N.Scan)]
+        for node, scan in found:
+            if not (scan.i or scan.j):
                 self.vector_gate_gradient(node, scan)
+            elif scan.gates[node.gate].log:
+                self.gate_gradient(node, scan)
         self.close()
-        for node, scan in zip(nodes, scans):
-            if isinstance(scan, N.Scan) and (scan.i or scan.j) and not scan.gates[node.gate].log:
-                self.divided(node, scan.gates[node.gate])
+        for node, scan in found:
+            gate = scan.gates[node.gate]
+            if (scan.i or scan.j) and not gate.log:
+                self.raised = gate.arg
+                self.gate_gradient(node, scan)
+                self.close()
+                self.divided(node, gate)
 
     def gate_gradient(self, node: N.GateGradient, scan: N.Scan) -> None:
         """The sum of the contributions that pass each gate: reads after it of the tile's first state, writes before it
