@@ -212,12 +212,15 @@ class Body(Loops):
         add = self.operand(node.add, node, axes, home, "0.0")
         kind = "max_plus_scan" if node.algebra == "max-plus" else "vector_scan"
         before, last = self.fresh(f"{state}_before"), self.fresh(f"{state}_last")
+        start = (
+            f"{initial}.reshape({seq}.count, 1, math.prod(({''.join(a + ', ' for a in axes)})))"  # of no sequence, too
+        )
         module = "_torch" if node.dtype == "complex" else "scans"
         self.w(f"{before}, {last} = {module}.{kind}(")
         self.w(f"    {seq}, lay({gate}, {full}, 0),")
-        self.w(f"    lay({add}, {full}, 0), {initial}.reshape({seq}.count, 1, -1))")
+        self.w(f"    lay({add}, {full}, 0), {start})")
         if node.stop:
-            self.w(f"{before}, {last} = stopped({seq}, {before}, {last}, {initial}.reshape({seq}.count, 1, -1))")
+            self.w(f"{before}, {last} = stopped({seq}, {before}, {last}, {start})")
         shape = ", ".join([f"{seq}.rows", f"{seq}.tokens", *axes])
         if 0 in outs:
             self.w(f"{before} = {before}.reshape({shape})")

@@ -46,7 +46,7 @@ class Layout:
         self.main = next(iter(self.sequences.values()), "seq")
         self.taken = {a.name for a in self.graph.axes} | set(self.sequences.values())
         self.taken |= {f"chunks_{a.name}" for a in self.graph.axes if a.kind == "chunk"}
-        self.taken |= {identifier(p.name) for p in unit.params}
+        self.taken |= {p.name for p in unit.params}
         self.taken |= {"scans", "ct", "F", "torch", "self", "math", "start", "step", "position"}
 
     # -- homes -------------------------------------------------------------------------------------------------------

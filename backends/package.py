@@ -124,7 +124,7 @@ def _modules(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines,
     """`__init__.py`; `names` are the spec's for each unit's parameters."""
     body = Writer()
     _module_body(units, names, lines, settings, body)
-    shown = {public(n.name) for u in units for n in u.graph.of_kind(N.Input, N.Param)}
+    shown = {public(n.name) for u in units for n in u.graph.of_kind(N.Input, N.Param)} | {u.name for u in units}
     written, hidden = _unshadowed(body.text(), shown | {public(p) for given in names for p in given.values()})
     used = set(re.findall(r"\w+", written))
     w = Writer()
@@ -146,7 +146,7 @@ def _modules(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines,
     w()
     w("from . import _torch")
     w(f"from ._checks import {', '.join(n for n in CHECK_NAMES if n in used)}")
-    if "Chunks" in used:
+    if any(u.graph.of_kind(N.Segment) for u in units):
         w("from ._chunks import Chunks")
     w("from ._runtime import (")
     for name in RUNTIME_NAMES:
@@ -169,7 +169,10 @@ def _unshadowed(text: str, names: set[str]) -> tuple[str, dict[str, str]]:
     hidden: dict[str, str] = {}
     for name in sorted(names & MODULE_NAMES):
         alias = f"_the_{name}"
-        new = re.sub(rf"(?<![.\w]){name}(?=\()" if name not in MODULES else rf"(?<![.\w]){name}(?=\.)", alias, text)
+        follows = (
+            r"\." if name in MODULES else r"[(.]" if name == "Chunks" else r"\("
+        )  # a module, its class, a function
+        new = re.sub(rf"(?<!def )(?<!class )(?<![.\w]){name}(?={follows})", alias, text)
         if new != text:
             text, hidden[name] = new, alias
     return text, hidden
@@ -177,7 +180,7 @@ def _unshadowed(text: str, names: set[str]) -> tuple[str, dict[str, str]]:
 
 def _module_body(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines, settings: Mapping[str, Number],
                  w: Writer) -> None:  # fmt: skip
-    exported = sorted(identifier(u.name) for u in units)
+    exported = sorted(public(u.name) for u in units)
     w("__all__ = [" + ", ".join(f'"{n}"' for n in exported) + "]")
     w()
     w()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from chunkc.backends.body import Body, param_name
 from chunkc.backends.layout import EACH, NOWHERE, sequence_names
@@ -12,16 +12,19 @@ from chunkc.backends.states import WHAT, StateField, fields, positioned, states,
 from chunkc.backends.writer import Lines, Writer, identifier, public, quoted
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Number, Size
-from chunkc.ir.graph import Unit
+from chunkc.ir.graph import Parameter, Unit
 
-RESERVED = frozenset({
-    "forward", "step", "init_state", "training", "parameters", "modules", "buffers", "children", "train", "eval",
-    "half", "float", "double", "type", "to", "cpu", "cuda", "apply", "compile", "share_memory", "state_dict",
-    "load_state_dict", "register_buffer", "register_parameter", "add_module", "requires_grad_", "zero_grad",
-    "extra_repr", "named_parameters", "dump_patches", "call_super_init", "T_destination", "bfloat16", "xpu", "ipu",
-    "mtia", "to_empty", "get_parameter", "get_buffer", "get_submodule", "set_submodule", "reset_parameters",
-    "get_extra_state", "set_extra_state", "register_module", "named_buffers", "named_children", "named_modules",
-})  # fmt: skip
+# Attributes that a layer has itself, those of torch.nn.Module among them.
+_RESERVED = """
+T_destination add_module apply bfloat16 buffers call_super_init children compile cpu cuda double dump_patches eval
+extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half init_state ipu load_state_dict
+modules mtia named_buffers named_children named_modules named_parameters parameters register_backward_hook
+register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook
+register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module
+register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ reset_parameters
+set_extra_state set_submodule share_memory state_dict step to to_empty train training type xpu zero_grad
+"""
+RESERVED = frozenset(_RESERVED.split())
 
 
 class UnitEmitter:
@@ -31,7 +34,7 @@ class UnitEmitter:
                  prefix: str) -> None:  # fmt: skip
         self.unit, self.lines, self.w, self.prefix = unit, lines, w, prefix
         self.graph, self.given_names = unit.graph, names
-        self.name = identifier(unit.name)
+        self.name = public(unit.name)
         self.params = [
             p.evolve(default=settings.get(p.name, p.default)) if p.name in settings else p for p in unit.params
         ]
@@ -112,7 +115,7 @@ class UnitEmitter:
     def unpack(self) -> None:
         """Local variables for a layer's parameters and sizes."""
         for p in self.params:
-            self.w(f"{identifier(p.name)} = self._{identifier(p.name)}")
+            self.w(f"{p.name} = {self.kept(p.name)}")
         if self.sizes:
             self.w(f"{''.join(a.name + ', ' for a in self.sizes).rstrip()} = self._sizes")
 
@@ -124,7 +127,7 @@ class UnitEmitter:
         out = []
         for p in sorted(self.params, key=lambda p: p.default is not None):
             default = "" if p.default is None else f" = {p.default!r}"
-            out.append(f"{self.public(p.name)}: {p.type}{default}")
+            out.append(f"{self.public(p)}: {p.type}{default}")
         return out
 
     # -- layers ------------------------------------------------------------------------------------------------------
@@ -140,7 +143,7 @@ class UnitEmitter:
             parts = ["self", *self.signature(), "*", "device: torch.device | str | None = None",
                      "dtype: torch.dtype | None = None"]  # fmt: skip
             with w.indented(f"def __init__({', '.join(parts)}) -> None:"):
-                self.rebind([p.name for p in self.params])
+                self.rebind([], self.params)
                 self.constructor()
             w()
             with w.indented("def reset_parameters(self) -> None:"):
@@ -151,15 +154,16 @@ class UnitEmitter:
                 w()
                 self.state_methods()
 
-    def rebind(self, names: list[str]) -> None:
+    def rebind(self, tensors: Sequence[N.Input | N.Param], params: Sequence[Parameter] = ()) -> None:
         """Names of the signature that the body needs for itself, under others."""
-        for name in names:
-            if self.public(name) != identifier(name):
-                self.w(f"{identifier(name)} = {self.public(name)}")
+        pairs = [(identifier(n.name), public(n.name)) for n in tensors] + [(p.name, self.public(p)) for p in params]
+        for own, given in sorted(pairs, key=lambda pair: -len(pair[0])):  # math__ = math_ before math_ = math
+            if own != given:
+                self.w(f"{own} = {given}")
 
-    def public(self, name: str) -> str:
-        """What users call a parameter or tensor that bodies may have under another name."""
-        return public(self.given_names.get(name, name))
+    def public(self, param: Parameter) -> str:
+        """What users call a parameter that bodies may have under another name."""
+        return public(self.given_names[param.name])
 
     def interface_doc(self) -> None:
         w = self.w
@@ -185,7 +189,7 @@ class UnitEmitter:
         w = self.w
         w("super().__init__()")
         for p in self.params:
-            w(f"self._{identifier(p.name)} = {identifier(p.name)}")
+            w(f"{self.kept(p.name)} = {p.name}")
         self.size_lines()
         w(f"self._sizes = ({''.join(a.name + ', ' for a in self.sizes).rstrip()})")
         w('factory: Any = {"device": device, "dtype": dtype}')
@@ -206,8 +210,16 @@ class UnitEmitter:
         w("self.reset_parameters()")
 
     def attribute(self, name: str) -> str:
-        parts = (part + "_" if keyword.iskeyword(part) or part in RESERVED else part for part in name.split("."))
-        return ".".join(parts)
+        def free(part: str) -> str:
+            base = part.rstrip("_")
+            return part + "_" if keyword.iskeyword(base) or base in RESERVED else part
+
+        return ".".join(free(part) for part in name.split("."))
+
+    @staticmethod
+    def kept(name: str) -> str:
+        """The attribute that holds a layer's parameter: none that torch.nn.Module has, as `_modules`."""
+        return f"self._given_{name}"
 
     def empty(self, n: N.Param) -> str:
         return f"torch.empty(({', '.join(n.axes)}{',' if len(n.axes) == 1 else ''}), **factory)"
@@ -255,7 +267,7 @@ class UnitEmitter:
             result += f" | tuple[{', '.join([*outs, self.name + 'State'])}]"
         with w.indented(f"def forward({', '.join(['self', *args, *extra])}) -> {result}:"):
             w('"""Run over whole sequences; with `state`, resume from it and give the new one too."""')
-            self.rebind([n.name for n in self.inputs])
+            self.rebind(self.inputs)
             self.unpack()
             self.checks()
             for f in self.fields:
@@ -446,9 +458,9 @@ class UnitEmitter:
         keywords = []
         for p in self.params:
             if p.default is None and p.name in inferred:
-                keywords.append(f"{self.public(p.name)}: {p.type} | None = None")
+                keywords.append(f"{self.public(p)}: {p.type} | None = None")
             else:
-                keywords.append(f"{self.public(p.name)}: {p.type}" + ("" if p.default is None else f" = {p.default!r}"))
+                keywords.append(f"{self.public(p)}: {p.type}" + ("" if p.default is None else f" = {p.default!r}"))
         state = "Tensor" if len(self.fields) + self.position == 1 else f"{self.name}_state"
         if self.fields:
             keywords += [f"initial_state: {state} | None = None", "output_final_state: bool = False"]
@@ -462,12 +474,10 @@ class UnitEmitter:
             self.interface_doc()
             w("A packed batch has B = 1 and cu_seqlens [N + 1]; states are [N, ...].")
             w('"""')
-            self.rebind(
-                [*(n.name for n in self.inputs), *(n.name for n in self.weights), *(p.name for p in self.params)]
-            )
+            self.rebind([*self.inputs, *self.weights], self.params)
             for name, text in inferred.items():
-                with w.indented(f"if {identifier(name)} is None:"):
-                    w(f"{identifier(name)} = {text}")
+                with w.indented(f"if {name} is None:"):
+                    w(f"{name} = {text}")
             self.size_lines()
             self.checks()
             for k, f in enumerate(self.fields):

@@ -56,14 +56,18 @@ new check cu_seqlens initial_state output_final_state position step factory batc
 next range Sequences Weights axis_size check_offsets check_packing check_state check_tensors check_values
 compute_dtype exact inv_softplus l2_norm lay layer_norm linear rms_norm softmax stopped use_kernels length
 row_of complex_type along_valid over_valid take check_position Chunks masked
+index any tl triton masked_sum vector vector_reverse max_plus before after halves levels log_gate ValueError
 """
 MODULE_NAMES = frozenset(_MODULE_NAMES.split())
 
 
 def identifier(name: str) -> str:
-    """A Python identifier for a spec's name: keywords and names of the emitted module get an underscore behind."""
+    """A Python identifier for a spec's name: keywords and names of the emitted module get an underscore behind.
+
+    So does such a name that has one already: two names of a spec never become one."""
     clean = re.sub(r"\W", "_", name)
-    reserved = keyword.iskeyword(clean) or clean in MODULE_NAMES
+    base = clean.rstrip("_")
+    reserved = keyword.iskeyword(base) or base in MODULE_NAMES
     return clean + "_" if reserved else clean
 
 
@@ -86,7 +90,8 @@ SIGNATURE = frozenset(
 
 def public(name: str) -> str:
     """What users call a parameter, input or state of the spec: its own name, unless Python or the signature has it."""
-    return name + "_" if keyword.iskeyword(name) or name in SIGNATURE else name
+    base = name.rstrip("_")
+    return name + "_" if keyword.iskeyword(base) or base in SIGNATURE else name
 
 
 def is_name(id_: str) -> bool:

@@ -68,6 +68,8 @@ def _check_items(file: T.File, silenced: frozenset[str], report: Report, units: 
     """Fill `units`, and `known` with what can be called: of used files, the functions, and the units as they come."""
     work = Work(report)
     later = {i.name.text for i in file.items if isinstance(i, T.UnitDecl)}
+    states = {i.name.text + ("State" if i.kind == "layer" else "_state"): i.name
+              for i in file.items if isinstance(i, T.UnitDecl)}  # fmt: skip
     for item in file.items:
         given: dict[str, Symbol] = {}
         if isinstance(item, T.Use) and item.path in uses:
@@ -93,6 +95,11 @@ def _check_items(file: T.File, silenced: frozenset[str], report: Report, units: 
             if name in known:
                 report.error("name-taken", f"'{name}' is defined twice", item.name.span,
                              related=((known[name].span, "first here"),))  # fmt: skip
+                continue
+            if name in states:
+                report.error("name-taken", f"'{name}' is what the state of '{states[name].text}' is called in Python",
+                             item.name.span, related=((states[name].span, "its layer or op"),),
+                             hints=("choose another name",))  # fmt: skip
                 continue
             before = len(report.errors)
             unit = _UnitChecker(item, report, work, silenced, dict(known), frozenset(later)).run()

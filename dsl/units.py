@@ -141,6 +141,13 @@ class UnitCalls(Composed):
                 self.report.error("axis-mismatch", f"'{bound}' is {self.axes[bound].kind}, and '{a}' of "
                                   f"'{call.unit.name}' is {graph.axis[a].kind}", call.span)  # fmt: skip
                 return False
+            first = next(b for b, other in call.axes.items() if other == bound)
+            if first != a:  # a tensor over both would have the same axis twice
+                self.report.error("axis-mismatch", f"'{first}' and '{a}' of '{call.unit.name}' are both bound to "
+                                  f"'{bound}'", call.span, related=((call.unit.span, "declared here"),),
+                                  hints=(f"declare a second axis, 'axes {{ {bound}2 = {bound} }}', and bind it to "
+                                         f"'{a}'",))  # fmt: skip
+                return False
         return True
 
     @staticmethod

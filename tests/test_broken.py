@@ -309,6 +309,18 @@ CAUSALITY = [
     ),
 ]
 
+PAIR = """op pair(n: int, m: int) {
+  axes { t: time, i = n, j = m }
+  input x[t, i], y[t, j]
+  output z = sum[j](x * y)
+}
+"""
+CALLS = [
+    ("two axes of a callee on one", PAIR + body("y = «pair[i = e, j = e](x, x)»\noutput y"), "axis-mismatch"),
+    ("a layer named as another's state", plain("layer A") + "\n" + plain("layer «AState»"), "name-taken"),
+    ("a layer named as a later op's state", plain("layer «b_state»") + "\n" + plain("op b"), "name-taken"),
+]
+
 LATER = [
     ("attention", body("«attention» o[t, h, i] over s {\nlogit = 1\n}\noutput o"), "not-yet"),
     ("an order", body("«order» r of t by x\noutput y = x"), "not-yet"),
@@ -320,7 +332,7 @@ LATER = [
 
 TABLE = [
     *SYNTAX, *NAMES, *AXES, *TYPES, *SIZES, *WEIGHTS, *READS, *RECURRENCES, *FUNCTIONS, *CHUNKS, *COMPOSED,
-    *CAUSALITY, *LATER,
+    *CAUSALITY, *CALLS, *LATER,
 ]  # fmt: skip
 
 

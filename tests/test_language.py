@@ -160,6 +160,71 @@ def test_two_sequences(tmp_path: Path) -> None:
         layer(x[:1], y[:1], at[:1], cu_seqlens=torch.tensor([0, 5]))
 
 
+# -- names and edges ---------------------------------------------------------------------------------------------------
+
+NAMES = """layer A(NAME: float = 2, NAME_: float = 3, n: int = 2) {
+  axes { t: time, d = n }
+  input x[t, d]
+  w[t, d] = linear(x)
+  recurrence over t {
+    state S[d]
+    S = 0.5 * S + w * NAME * NAME_
+  }
+  output y = S
+}
+"""
+
+
+@pytest.mark.parametrize("name", ["class", "math", "sizes", "modules", "call_impl", "Chunks", "index", "float"])
+def test_names_that_python_or_torch_has(name: str, tmp_path: Path) -> None:
+    """As a parameter, as an input of an op, as a weight: each by its own name, or with one underscore more."""
+    taken = {"class"}
+    shown = {n: n + "_" if name in taken else n for n in (name, name + "_")}
+    module, _, _ = emit(NAMES.replace("NAME", name), tmp_path, "names.spec")
+    layer, x = module.A(**{shown[name]: 5.0, shown[name + "_"]: 7.0}), torch.randn(1, 3, 2)
+    for _ in range(2):  # the second call reads what the first one left
+        y = layer(x)
+        torch.testing.assert_close(y[:, 0], 35 * x[:, 0] @ layer.w.weight)
+    op = NAMES.replace("layer A(NAME: float = 2, NAME_: float = 3, ", "op A(").replace("linear(x)", "x")
+    op = op.replace("input x[t, d]", "input x[t, d], NAME[t], NAME_[t]").replace("NAME", name)
+    module, _, _ = emit(op, tmp_path, "names.spec")
+    y, _ = module.A(x, **{shown[name]: torch.full((1, 3), 5.0), shown[name + "_"]: torch.full((1, 3), 7.0)})
+    torch.testing.assert_close(y[:, 0], 35 * x[:, 0])
+
+
+def test_weights_named_as_what_a_module_has(tmp_path: Path) -> None:
+    text = """layer A(n: int = 2) {
+  axes { t: time, d = n }
+  input x[t, d]
+  half[t, d] = linear(x)
+  half_[t, d] = linear(x)
+  output y = half * half_
+}
+"""
+    module, _, _ = emit(text, tmp_path, "weights.spec")
+    layer, x = module.A(), torch.randn(1, 3, 2)
+    assert sorted(layer.state_dict()) == ["half_.weight", "half__.weight"]
+    torch.testing.assert_close(layer(x), x @ layer.half_.weight * (x @ layer.half__.weight))
+
+
+def test_runs_of_no_tokens(tmp_path: Path) -> None:
+    """A recurrence within chunks where there is none."""
+    text = """causal op runs_(n: int) {
+  axes { t: time, d = n }
+  input x[t, d], id[t]: int
+  chunk r of t = runs(id)
+  recurrence over t within r {
+    state s[d] = 1
+    s = 0.9 * s + x
+  }
+  output s
+}
+"""
+    module, _, _ = emit(text, tmp_path, "runs.spec")
+    y, state = module.runs_(torch.zeros(2, 0, 3), torch.zeros(2, 0, dtype=torch.int64), output_final_state=True)
+    assert y.shape == (2, 0, 3) and state.s.shape == (2, 3)
+
+
 # -- other files -------------------------------------------------------------------------------------------------------
 
 MIX = """fn gate[a](x) = sigmoid(inner[a](x))
