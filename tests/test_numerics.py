@@ -149,12 +149,14 @@ EDGES = [("raw_key", cases.vanishing), ("raw_product", cases.vanishing), ("raw_a
          ("scalar_gate", cases.closing)]  # fmt: skip
 
 
-def at_edges(built: Any, name: str, make: Any) -> dict[str, float]:
+def at_edges(built: Any, name: str, make: Any, device: str = "cpu") -> dict[str, float]:
     """Gates at the ends of their range: the errors of a packed batch."""
     module, unit = built(name)
     own = {n: make for n in unit.inputs if n in (cases.RAW_GATES if make is cases.vanishing else cases.LOG_GATES)}
     values = {**gates(unit, cases.mixed), **own}
-    return errors(module, unit, Case({**SETTINGS, "heads": 3}, [70, 3, 0, 1], packed=True, resume=True, values=values))
+    settings = {**SETTINGS, "heads": 3}
+    case = Case(settings, [70, 3, 0, 1], packed=True, resume=True, values=values, device=device)
+    return errors(module, unit, case)
 
 
 @pytest.mark.parametrize("name, make", EDGES)

@@ -147,7 +147,17 @@ def test_kernels_read_and_write_what_the_graph_says(name: str, index: int, role:
 
 # -- contractions ------------------------------------------------------------------------------------------------------
 
-POINTWISE = {"tl.exp", "tl.where", "tl.trans", "tl.load", "tl.zeros", "tl.arange", "tl.program_id", "tl.cdiv"}
+POINTWISE = {
+    "tl.exp",
+    "tl.where",
+    "tl.maximum",
+    "tl.trans",
+    "tl.load",
+    "tl.zeros",
+    "tl.arange",
+    "tl.program_id",
+    "tl.cdiv",
+}
 CONTRACTIONS = {"tl.dot", "masked_sum", "tl.sum"}
 
 
