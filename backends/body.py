@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from chunkc.backends.expressions import next_name, state_name
-from chunkc.backends.layout import generic
+from chunkc.backends.layout import EACH, generic
 from chunkc.backends.loops import Loops
 from chunkc.backends.scan import ScanForm, scan_form
 from chunkc.backends.states import declared_axes, fields
@@ -29,6 +29,7 @@ class Body(Loops):
         self.states = [f for f in fields(self.graph) if f.kind == "state"]
         self.started: set[str] = set()
         self.fields = {f.node: f for f in fields(self.graph) if f.kind != "state" and f.node}
+        self.whole = False  # whether calls start anew: then nothing is kept for the next one
 
     def text(self, graph: Graph, id_: str) -> tuple[str, int]:
         """A value's variable, or its expression where it is used once."""
@@ -43,11 +44,22 @@ class Body(Loops):
         self.users[id(graph)] = graph.users()
 
     def history(self, node: N.AnyNode) -> str:
-        return state_name(self.fields[node.id].name) if node.id in self.fields else "None"
+        return state_name(self.fields[node.id].name) if node.id in self.fields and not self.whole else "None"
 
     def running(self, node: N.AnyNode, region: str = "") -> tuple[str, str]:
         field = self.fields[f"{region}/{node.id}" if region else node.id]
+        if self.whole:
+            return "None", "_"
         return state_name(field.name), next_name(field.name)
+
+    def start_running(self, node: N.AnyNode, region: str = "") -> None:
+        """What the chunk that may go on holds before this call: nothing at first."""
+        if self.whole:
+            return
+        field = self.fields[f"{region}/{node.id}" if region else node.id]
+        given, dtype = state_name(field.name), self.dtype(self.graph_like(field))
+        self.w(f"if {given} is None:")
+        self.w(f"    {given} = torch.zeros({self.shape(field.axes, EACH)}, dtype={dtype}, device=device)")
 
     # -- statements --------------------------------------------------------------------------------------------------
 
@@ -103,8 +115,9 @@ class Body(Loops):
                 self.assign(self.graph, node)
 
     def products_only(self, param: N.Param) -> bool:
-        """Whether a parameter is the weight of library calls alone, which are computed in its type."""
-        return all(isinstance(u, N.Linear) for u in self.users_in(self.graph)[param.id])
+        """Whether a parameter is the weight of products or a table alone: these are read in its own type."""
+        users = self.users_in(self.graph)[param.id]
+        return all(isinstance(u, N.Linear) or isinstance(u, N.Gather) and u.arg == param.id for u in users)
 
     def start_state(self, name: str) -> None:
         """The state that a recurrence starts from: the one given, else the spec's."""
@@ -133,12 +146,13 @@ class Body(Loops):
         if field is not None and isinstance(node, N.Reduce):
             inner = self.chunked(graph, node)
             so_far, kept = self.running(node)
+            self.start_running(node)
             w = f'{name}, {kept} = {self.chunks(node.chunk or "")}.reduce({inner}, "{node.fn}", {so_far}){comment}'
             self.w(w)
         else:
             self.w(f"{name} = {text}{comment}")
         self.names[node.id] = name
-        if field is not None and isinstance(node, N.Shift | N.Conv):
+        if field is not None and isinstance(node, N.Shift | N.Conv) and not self.whole:
             axis = self.graph.axis[node.axis]
             last = f"{self.chunks(node.axis)}.keep_last" if axis.kind == "chunk" else f"{self.seq(axis.space)}.last"
             arg = self.text(graph, node.arg)[0]

@@ -303,8 +303,9 @@ class Expressions(Layout):
         index, i_rank = self.ordered(graph, node.index, [*shared, *new])
         at_x, at_i = self.home(graph, node.arg), self.home(graph, node.index)
         lead = len(self.lead(home))
+        table = ".to(ct)" if isinstance(graph[node.arg], N.Param) else ""
         if at_x == NOWHERE and not shared:
-            return f"take({x}, {index}, 0)"
+            return f"take({x}, {index}, 0){table}"
         for side, at in (("x", at_x), ("i", at_i)):
             text, rank = (x, x_rank) if side == "x" else (index, i_rank)
             if at == EACH and home not in (EACH, NOWHERE):
@@ -312,7 +313,7 @@ class Expressions(Layout):
             else:
                 text = self.leading(text, rank, at, home)
             x, index = (text, index) if side == "x" else (x, text)
-        return f"take({x}, {index}, {lead + len(shared)})"
+        return f"take({x}, {index}, {lead + len(shared)}){table}"
 
     def gather_along(self, graph: Graph, node: N.Gather, shared: list[str], new: list[str], rest: list[str]) -> str:
         """A read of a sequence, or of chunks, at positions that values of any home name."""

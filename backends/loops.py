@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from chunkc.backends.expressions import Expressions, next_name, state_name
+from chunkc.backends.expressions import Expressions, state_name
 from chunkc.backends.layout import EACH, NOWHERE, Loop, generic, held
+from chunkc.backends.states import StateField
 from chunkc.backends.writer import identifier
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Graph
@@ -22,6 +23,10 @@ class Loops(Expressions):
 
     def running(self, node: N.AnyNode, region: str = "") -> tuple[str, str]:
         """The variables of a reduction over the chunk that may go on: what it holds so far, and what is kept."""
+        raise NotImplementedError
+
+    def start_running(self, node: N.AnyNode, region: str = "") -> None:
+        """Start from nothing what such a reduction holds."""
         raise NotImplementedError
 
     def state_out(self, name: str, text: str, axes: tuple[str, ...], out: N.Out | None) -> None:
@@ -96,7 +101,7 @@ class Loops(Expressions):
         return f"{value}.expand{shape}"
 
     @staticmethod
-    def graph_like(c: N.Carried) -> N.AnyNode:
+    def graph_like(c: N.Carried | StateField) -> N.AnyNode:
         """A node of a state's type."""
         return N.State(id=c.name, name=c.name, axes=c.axes, dtype=c.dtype)
 
@@ -171,8 +176,11 @@ class Loops(Expressions):
         if isinstance(n, N.Reduce) and inner and any(self.graph.axis[a].space == inner for a in n.over):
             so_far, kept = self.running(n, node.id)
             chunks = self.chunks(node.axis)
-            w(f'{name} = {chunks}.resumed(step, {text}, {so_far}, "{n.fn}"){place}')
-            w(f"{kept} = {chunks}.kept(step, {name}, {kept})")
+            if kept == "_":
+                w(f"{name} = {text}{place}")
+            else:
+                w(f'{name} = {chunks}.resumed(step, {text}, {so_far}, "{n.fn}"){place}')
+                w(f"{kept} = {chunks}.kept(step, {name}, {kept})")
             if n.fn == "mean":
                 w(f"{name} = {chunks}.averaged(step, {name})")
         else:
@@ -191,8 +199,9 @@ class Loops(Expressions):
         local |= self.captured_chunks(node, axis.space, own)
         for n in body.nodes:
             if isinstance(n, N.Reduce) and axis.parent in n.over:
+                self.start_running(n, node.id)
                 so_far, kept = self.running(n, node.id)
-                if kept != so_far:
+                if kept != "_":
                     w(f"{kept} = {so_far}")
         for c in node.carried:
             w(f"now_{identifier(c.name)} = {state_name(c.name)}")
@@ -269,6 +278,3 @@ class Loops(Expressions):
         self.loop = None
         self._homes = {k: v for k, v in self._homes.items() if k[0] != id(node.body)}
         return found
-
-
-__all__ = ["Loops", "next_name", "state_name"]

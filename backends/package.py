@@ -86,7 +86,7 @@ def _torch(units: tuple[Unit, ...], lines: Lines) -> str:
         w()
     used = ["max_plus_scan", "vector_scan"]
     if forms:
-        used += ["LOG_SMALL", "Sequences", "after", "before", "halves", "levels", "log_gate"]
+        used += ["LOG_SMALL", "once", "Sequences", "after", "before", "halves", "levels", "log_gate"]
     w(f"from ._runtime import {', '.join(sorted(used))}")
     w()
     names = [f"{scan_form(s, _axes(u.graph), prefix_of(u, units)).name}_scan" for u, s in forms]
@@ -124,7 +124,7 @@ def _modules(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines,
     """`__init__.py`; `names` are the spec's for each unit's parameters."""
     body = Writer()
     _module_body(units, names, lines, settings, body)
-    shown = {public(n.name) for u in units for n in u.graph.of_kind(N.Input, N.Param)}
+    shown = {public(n.name) for u in units for n in u.graph.of_kind(N.Input, N.Param)} | {u.name for u in units}
     written, hidden = _unshadowed(body.text(), shown | {public(p) for given in names for p in given.values()})
     used = set(re.findall(r"\w+", written))
     w = Writer()
@@ -134,8 +134,9 @@ def _modules(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines,
         if name in used:
             w(text)
     w("from types import ModuleType")
-    if "NamedTuple" in used:
-        w("from typing import NamedTuple")
+    typing = [name for name in ("Any", "NamedTuple") if name in used]
+    if typing:
+        w(f"from typing import {', '.join(typing)}")
     w()
     w("import torch")
     w(f"from torch import Tensor{', nn' if 'nn' in used else ''}")
@@ -154,15 +155,12 @@ def _modules(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines,
     w(")")
     w()
     head = w.text()
+    builtin = [name for name in hidden if hasattr(builtins, name)]
     for name, alias in hidden.items():
-        if alias.startswith("_builtins."):
-            continue
         head = re.sub(rf"^import {name}$", f"import {name} as {alias}", head, flags=re.M)
         head = re.sub(rf"^(from .* import .*)\b{name}\b(?! as)", rf"\1{name} as {alias}", head, flags=re.M)
         head = re.sub(rf"^    {name},$", f"    {name} as {alias},", head, flags=re.M)
-    if any(alias.startswith("_builtins.") for alias in hidden.values()):
-        first = "from __future__ import annotations\n"
-        head = head.replace(first, f"{first}\nimport builtins as _builtins\n")
+    head += "".join(f"{hidden[name]} = {name}\n" for name in builtin) + "\n" * bool(builtin)
     return head + "\n" + written
 
 
@@ -170,11 +168,11 @@ def _unshadowed(text: str, names: set[str]) -> tuple[str, dict[str, str]]:
     """The module's text with other names for what names in a signature would hide, and these other names."""
     hidden: dict[str, str] = {}
     for name in sorted(names & MODULE_NAMES):
-        alias = f"_builtins.{name}" if hasattr(builtins, name) else f"_the_{name}"
+        alias = f"_the_{name}"
         follows = (
             r"\." if name in MODULES else r"[(.]" if name == "Chunks" else r"\("
         )  # a module, its class, a function
-        new = re.sub(rf"(?<![.\w]){name}(?={follows})", alias, text)
+        new = re.sub(rf"(?<!def )(?<!class )(?<![.\w]){name}(?={follows})", alias, text)
         if new != text:
             text, hidden[name] = new, alias
     return text, hidden
@@ -182,7 +180,7 @@ def _unshadowed(text: str, names: set[str]) -> tuple[str, dict[str, str]]:
 
 def _module_body(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines, settings: Mapping[str, Number],
                  w: Writer) -> None:  # fmt: skip
-    exported = sorted(identifier(u.name) for u in units)
+    exported = sorted(public(u.name) for u in units)
     w("__all__ = [" + ", ".join(f'"{n}"' for n in exported) + "]")
     w()
     w()

@@ -87,6 +87,11 @@ class ScanForm:
         return [Pair(i.name, j.name) for i, j in self.writes]
 
 
+def _derived(name: str) -> set[str]:
+    """An operand's name and those made of it: its gradient, what a query reads and that one's gradient, a raw gate."""
+    return {name, f"d_{name}", f"out_{name}", f"d_out_{name}", f"{name}_value"}
+
+
 def scan_form(scan: N.Scan, axes_of: dict[str, tuple[str, ...]], prefix: str = "") -> ScanForm:
     """Name a scan's operands: spec names where there are, else their role.
 
@@ -96,10 +101,10 @@ def scan_form(scan: N.Scan, axes_of: dict[str, tuple[str, ...]], prefix: str = "
     def name(id_: str, role: str) -> str:
         base = identifier(id_) if is_name(id_) and not id_.startswith(("scan", "expand", "map")) else role
         out, n = base, 1
-        while out in taken:
+        while taken & _derived(out):
             n += 1
             out = f"{base}{n}"
-        taken.add(out)
+        taken.update(_derived(out))
         return out
 
     gates: list[Operand] = []

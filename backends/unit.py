@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from chunkc.backends.body import Body, param_name
 from chunkc.backends.layout import EACH, NOWHERE, sequence_names
-from chunkc.backends.states import WHAT, StateField, fields, positioned, whole_reason
+from chunkc.backends.states import WHAT, StateField, fields, positioned, states, whole_reason
 from chunkc.backends.writer import Lines, Writer, identifier, public, quoted
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Number, Size
@@ -37,7 +37,7 @@ class UnitEmitter:
                  prefix: str) -> None:  # fmt: skip
         self.unit, self.lines, self.w, self.prefix = unit, lines, w, prefix
         self.graph, self.given_names = unit.graph, names
-        self.name = identifier(unit.name)
+        self.name = public(unit.name)
         self.params = [
             p.evolve(default=settings.get(p.name, p.default)) if p.name in settings else p for p in unit.params
         ]
@@ -195,7 +195,7 @@ class UnitEmitter:
             w(f"{self.kept(p.name)} = {p.name}")
         self.size_lines()
         w(f"self._sizes = ({''.join(a.name + ', ' for a in self.sizes).rstrip()})")
-        w('factory = {"device": device, "dtype": dtype}')
+        w('factory: Any = {"device": device, "dtype": dtype}')
         groups: dict[str, list[N.Param]] = {}
         for n in self.weights:
             groups.setdefault(n.name.split(".")[0], []).append(n)
@@ -303,10 +303,9 @@ class UnitEmitter:
         for space, name in zip(self.spaces, self.offsets()):
             x = identifier(self.of_space(space).name)
             w(f"{sequence_names(self.graph)[space]} = Sequences({x}.shape[0], {x}.shape[1], {name}, {first})")
-        if self.whole:  # what a call could go on from is not kept
-            for f in fields(self.graph):
-                if f.kind != "state" or self.unit.kind == "layer":
-                    w(f"state_{identifier(f.name)} = None")
+        if self.whole and self.unit.kind == "layer":  # it starts anew at each call
+            for f in states(self.graph):
+                w(f"state_{identifier(f.name)} = None")
         if any(isinstance(n, N.Scan) for n in self.graph.nodes):
             w(f"scans = _scans({first})")
         for n in self.inputs:
@@ -315,6 +314,7 @@ class UnitEmitter:
                 w(f"{identifier(n.name)} = {identifier(n.name)}.to({dtype})")
         self.printer = Body(self.unit, self.lines, w, owner, self.prefix)
         self.printer.attribute = self.attribute if owner else param_name
+        self.printer.whole = bool(self.whole)
         self.printer.emit()
 
     def offsets(self) -> list[str]:
@@ -370,13 +370,13 @@ class UnitEmitter:
         self.state_checks(who, first, count)
         with w.indented("if check:"):
             for n in self.inputs:
-                low, high = (None if x is None or math.isinf(x) else x for x in (n.low, n.high))
-                w(f'check_values("{who}", "{n.name}", {identifier(n.name)}, {low!r}, {high!r})')
+                low, high = bound(n.low), bound(n.high)
+                w(f'check_values("{who}", "{n.name}", {identifier(n.name)}, {low}, {high})')
             for p in self.weights:
-                low, high = (None if x is None or math.isinf(x) else x for x in (p.low, p.high))
-                if low is not None or high is not None:
+                low, high = bound(p.low), bound(p.high)
+                if p.low is not None or p.high is not None:
                     value = f"self.{self.attribute(p.name)}" if self.unit.kind == "layer" else identifier(p.name)
-                    w(f'check_values("{who}", "{p.name}", {value}, {low!r}, {high!r})')
+                    w(f'check_values("{who}", "{p.name}", {value}, {low}, {high})')
             for space, name in zip(self.spaces, self.offsets()):
                 with w.indented(f"if {name} is not None:"):
                     w(f'check_packing("{who}", {name}, {identifier(self.of_space(space).name)}.shape[1])')
@@ -515,3 +515,8 @@ class UnitEmitter:
                     if self.graph.axis[a].size == Size(op="param", value=p.name) and p.default is None:
                         out.setdefault(p.name, f"length({identifier(n.name)}, {k + 2})")
         return out
+
+
+def bound(x: float | None) -> str:
+    """An end of a declared range, as text."""
+    return repr(x) if x is None or math.isfinite(x) else f'float("{x}")'

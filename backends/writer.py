@@ -67,7 +67,7 @@ def identifier(name: str) -> str:
     So does such a name that has one already: two names of a spec never become one."""
     clean = re.sub(r"\W", "_", name)
     base = clean.rstrip("_")
-    reserved = keyword.iskeyword(base) or keyword.issoftkeyword(base) or base in MODULE_NAMES
+    reserved = keyword.iskeyword(base) or base in MODULE_NAMES
     return clean + "_" if reserved else clean
 
 

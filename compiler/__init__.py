@@ -35,11 +35,11 @@ def check(path: str | Path) -> tuple[Diagnostic, ...]:
     """What is wrong with a spec file: its errors, or its warnings, or nothing."""
     from pathlib import Path
 
-    from chunkc.driver import check_path
-    from chunkc.ir.diagnostics import CompileError
+    from chunkc.driver import judge
+    from chunkc.ir.diagnostics import CompileError, SourceFile
 
     try:
-        return check_path(Path(path)).warnings
+        return judge(SourceFile.read(Path(path), Path(path).name))
     except CompileError as failure:
         return failure.diagnostics
 

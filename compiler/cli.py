@@ -16,7 +16,7 @@ import secrets
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata, resources
 from pathlib import Path
@@ -52,8 +52,12 @@ class Session:
 
     def read(self, path: str, name: str | None = None) -> SourceFile:
         """The text of a file, or of stdin for `-`, under the name that diagnostics show."""
+        from chunkc.dsl.uses import gather
+
         source = _stdin() if path == "-" else SourceFile.read(Path(path), name or path)
-        self.sources[source.name] = source
+        with suppress(CompileError):  # what cannot be used is reported where the file is checked
+            source = gather(source)
+        self.sources |= {s.name: s for s in (source, *source.used)}
         return source
 
     @contextmanager
@@ -150,13 +154,13 @@ def cli() -> None:
 @click.pass_obj
 def check(session: Session, files: tuple[str, ...], form: str) -> int:
     """Check spec files, folders of them, or stdin (-)."""
-    from chunkc.driver import compile_source
+    from chunkc.driver import judge
 
     paths = _spec_files(files)
     with _progress(paths, "checking") as steps:
         for path in steps:
             with session.collecting():
-                session.found.extend(compile_source(session.read(path)).checked.warnings)
+                session.found.extend(judge(session.read(path)))
     if form == "json":
         click.echo(render_json(session.found, session.sources))
     elif form == "github":
@@ -346,27 +350,34 @@ def _rewrite(path: Path, text: str) -> None:
 
 # -- graph -------------------------------------------------------------------------------------------------------------
 
+# The pass that brings a graph to a level; at the last one there are kernels, which the back end makes of the graph.
+LEVELS = {"normal": "normalize", "chunked": "chunk", "fused": "fuse", "tiled": "fuse"}
+
 
 @cli.command()
 @click.argument("file")
-@click.option("--level", type=click.Choice(["semantic", "normal"]), default="normal", show_default=True,
-              help="As it is written, or as the back ends get it.")  # fmt: skip
+@click.option("--level", type=click.Choice(["semantic", *LEVELS]), default="normal", show_default=True,
+              help="As written, in normal form, with what is derived from each scan, or the kernels.")  # fmt: skip
 @click.option("--format", "form", type=click.Choice(["text", "dot"]), default="text", show_default=True)
 @_common
 @click.pass_obj
 def graph(session: Session, file: str, level: str, form: str) -> int:
     """Print the graph of each layer and op of a spec file."""
+    from chunkc.backends.triton.emit import print_kernels
     from chunkc.driver import check_source, compile_source
     from chunkc.ir.dot import as_dot
     from chunkc.ir.text import print_graph
+    from chunkc.pipeline import upto
 
+    if (level, form) == ("tiled", "dot"):
+        raise click.UsageError("kernels are text alone")
     with session.collecting():
         source = session.read(file)
         if level == "semantic":
             checked = check_source(source)
             units = checked.module.units
         else:
-            compiled = compile_source(source)
+            compiled = compile_source(source, upto(LEVELS[level]))
             checked, units = compiled.checked, compiled.units
         session.found.extend(checked.warnings)
         for unit in units:
@@ -374,7 +385,8 @@ def graph(session: Session, file: str, level: str, form: str) -> int:
                 click.echo(as_dot(unit.graph, unit.name), nl=False)
             else:
                 head = f"{unit.kind} {unit.name}\n" if len(units) > 1 else ""
-                click.echo(head + print_graph(unit.graph), nl=False)
+                text = print_kernels(unit, source) if level == "tiled" else print_graph(unit.graph)
+                click.echo(head + text, nl=False)
     return session.finish()
 
 

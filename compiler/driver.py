@@ -12,7 +12,7 @@ from chunkc.dsl.uses import gather, home
 from chunkc.ir.diagnostics import CompileError, Diagnostic, SourceFile
 from chunkc.ir.graph import Module, Unit
 from chunkc.ir.nodes import Recur
-from chunkc.pipeline import run
+from chunkc.pipeline import PASSES, Pass, run, upto
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,19 @@ def check_path(path: Path, name: str | None = None) -> Checked:
     return check_source(SourceFile.read(path, name or path.name))
 
 
-def compile_source(source: SourceFile) -> Compiled:
-    """Check, then bring every unit to normal form."""
+def judge(source: SourceFile) -> tuple[Diagnostic, ...]:
+    """A right file's warnings, those that its normal form gives included.
+
+    Raises:
+        CompileError: as `check_source`.
+    """
+    return compile_source(source, upto("normalize")).checked.warnings
+
+
+def compile_source(source: SourceFile, passes: tuple[Pass, ...] = PASSES) -> Compiled:
+    """Check, then bring every unit to normal form, and its scans to whatever the passes derive from them."""
     checked = check_source(source)
-    units = tuple(u.evolve(graph=run(u.graph)) for u in checked.module.units)
+    units = tuple(u.evolve(graph=run(u.graph, passes)) for u in checked.module.units)
     found = [w for u in units for w in warnings_of(u)]
     return Compiled(replace(checked, warnings=(*checked.warnings, *found)), units)
 

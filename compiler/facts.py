@@ -9,10 +9,12 @@ from typing import Any
 from chunkc.backends.states import whole_reason
 from chunkc.driver import Compiled
 from chunkc.ir import nodes as N
+from chunkc.ir import tiles as T
 from chunkc.ir.axes import Number, Size
 from chunkc.ir.diagnostics import SourceFile, Span
 from chunkc.ir.graph import Graph, Unit
 from chunkc.ir.ranges import Ranges
+from chunkc.passes.chunk import TILE
 
 SCHEMA = 1
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -100,7 +102,21 @@ def _scan(source: SourceFile, graph: Graph, scan: N.Scan, ranges: Ranges) -> dic
         "reads": len(scan.queries) or 1,
         "numerics": _licence(scan, gates, ranges),
         "state": [_state(graph, scan.name, scan.declared)],
+        "kernels": list(_kernels(scan)),
     }
+
+
+def _kernels(scan: N.Scan) -> Iterable[dict[str, Any]]:
+    """The launches of a scan, and the elements that each moves at least for a tile of tokens, or for the one token."""
+    passes = (("forward", scan.kernels), ("backward", scan.kernels_backward), ("step", scan.kernel_step))
+    for way, graph in passes:
+        for kernel in graph.of_kind(T.Kernel) if graph is not None else ():
+            cost: Cost = {}
+            values = [graph[r].axes for r in kernel.reads] if graph is not None else []
+            for axes in [*values, *(kernel.body[id_].axes for _, id_ in kernel.body.outputs)]:
+                if way == "step" or any(kernel.body.axis[a].is_sequence for a in axes):  # else once a sequence
+                    _add(cost, TILE if scan.axis in axes else 1, kernel.body, axes)
+            yield {"name": kernel.role, "pass": way, "elements": _cost_data(cost)}
 
 
 def _structure(scan: N.Scan, gates: list[N.AnyNode]) -> str:
@@ -255,6 +271,10 @@ def _render_recurrence(r: dict[str, Any]) -> list[str]:
             f"    transition  {t['algebra']}, {t['structure']}, {t['dependence']}, {t['field']}{gates}",
             f"    numerics    gate {n['gate']}; anchoring {n['anchoring']}; gradient {n['gate_gradient']}",
         ]
+    for way in dict.fromkeys(k["pass"] for k in r.get("kernels", ())):
+        own = [k for k in r["kernels"] if k["pass"] == way]
+        moved = "; ".join(f"{k['name']} {_cost_text(k['elements'])}" for k in own)
+        out.append(f"    {way:11} {moved} elements a {'token' if way == 'step' else 'tile'}")
     for s in r["state"]:
         out.append(f"    state       {s['name']}[{', '.join(s['axes'])}]: {_cost_text(s['elements'])} elements")
     return out

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from chunkc import interp_tiles as over_tiles
 from chunkc.ir import nodes as N
+from chunkc.ir import tiles as T
 from chunkc.ir.axes import Number
 from chunkc.ir.graph import Graph, Unit
 
@@ -75,6 +77,8 @@ class Interpreter:
         self.values: dict[str, Tensor] = {}
         self.results: dict[str, list[Tensor]] = {}
         self.finals: dict[str, Tensor] = {}
+        self.watched = {id_ for n in graph.of_kind(N.GateGradient) for id_ in n.operands()}
+        self.trajectories: dict[str, Tensor] = {}
 
     def size(self, axis: str) -> int:
         a = self.graph.axis[axis]
@@ -85,6 +89,10 @@ class Interpreter:
     def first(self, axis: str) -> int:
         """The position of the first token that is given."""
         return self.run.positions.get(self.graph.axis[axis].space, 0)
+
+    def inner(self, body: Graph, tensors: Mapping[str, Tensor] | None = None) -> Interpreter:
+        """A machine for a region, with its inputs by name if it has any."""
+        return type(self)(body, self.run if tensors is None else replace(self.run, tensors=tensors), self.chunks)
 
     def value(self, id_: str) -> Tensor:
         needed = self.graph.reachable([id_, *(n.id for n in self.graph.of_kind(N.Segment))])
@@ -144,7 +152,14 @@ class Interpreter:
         if isinstance(node, N.Scan):
             self.results[node.id] = self.scan(node)
             return torch.zeros(())
-        assert isinstance(node, N.Out), node
+        if isinstance(node, N.GateGradient):
+            return self.gate_gradient(node)
+        if isinstance(node, over_tiles.SEVERAL):
+            self.results[node.id] = over_tiles.results_of(self, node)
+            return torch.zeros(())
+        if isinstance(node, over_tiles.KINDS):
+            return over_tiles.value_of(self, node)
+        assert isinstance(node, N.Out | T.Buffer), node
         return self.results[node.arg][node.index]
 
     def random(self, node: N.Random) -> Tensor:
@@ -349,7 +364,7 @@ class Interpreter:
         out = []
         for row, (_, id_) in zip(rows, node.body.outputs):
             axes = node.body[id_].axes
-            inner = self.inner(node)
+            inner = self.positions_of(node)
             if inner in axes:
                 cut = axes.index(inner)
                 shape = [self.size(a) for a in axes]
@@ -359,14 +374,14 @@ class Interpreter:
                 out.append(torch.stack(row) if row else torch.zeros([0, *shape], dtype=self.run.dtype))
         return out + [states[c.name] for c in node.carried]
 
-    def inner(self, node: N.Recur) -> str:
+    def positions_of(self, node: N.Recur) -> str:
         """The sequence whose positions a step over chunks covers; empty for other recurrences."""
         axis = self.graph.axis[node.axis]
         return (axis.parent or "") if axis.kind == "chunk" else ""
 
     def body_at(self, node: N.Recur, step: int, states: Mapping[str, Tensor]) -> Interpreter:
         """A body with its captures and states of one step."""
-        inner = self.inner(node)
+        inner = self.positions_of(node)
         run, low, count = self.run, 0, 0
         if inner:
             chunk = self.chunks[self.graph.axis[node.axis].space][step]
@@ -409,8 +424,11 @@ class Interpreter:
         order = range(steps - 1, -1, -1) if node.reverse else range(steps)
         count = len(node.queries) + (0 if node.i or node.j else 1)
         rows: list[list[Tensor]] = [[] for _ in range(count)]
+        states: list[Tensor] = []
         for t in order:
             state = fresh if self.anew(node, t) else state
+            if node.id in self.watched:
+                states.append(state)
             for row, q in zip(rows, node.queries):
                 removed = node.i if q.side == "i" else node.j
                 row.append((at(q.arg, t) * state).sum([axes.index(a) for a in removed]))
@@ -430,9 +448,25 @@ class Interpreter:
                 state = state.detach()
         if not node.reverse:
             self.finals[node.name] = state
+        if node.id in self.watched:
+            ordered = states[::-1] if node.reverse else states
+            self.trajectories[node.id] = torch.stack(ordered) if states else state.new_zeros((0, *state.shape))
         out = []
         for index, row in enumerate(rows):
             shape = [self.size(a) for a in node.result_axes(index)]
             ordered = row[::-1] if node.reverse else row
             out.append(torch.stack(ordered).reshape(shape) if row else torch.zeros(shape, dtype=state.dtype))
         return [*out, state]
+
+    def gate_gradient(self, node: N.GateGradient) -> Tensor:
+        """The product of transition, state and adjoint, summed over the axes that the gate lacks."""
+        scan = self.graph[node.scan]
+        assert isinstance(scan, N.Scan)
+        axes = (scan.axis, *scan.batch, *scan.i, *scan.j)
+        total = self.trajectories[node.scan] * self.trajectories[node.adjoint]
+        for index, g in enumerate(scan.gates):
+            a = self.aligned(g.arg, axes)
+            if g.log or index != node.gate:
+                total = total * (torch.exp(a) if g.log else a)
+        lacking = [axes.index(a) for a in axes if a not in node.axes]
+        return total.sum(lacking) if lacking else total

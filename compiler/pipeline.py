@@ -1,4 +1,9 @@
-"""The list of passes, and how they run."""
+"""The list of passes, and how they run.
+
+A spec's graph arrives at the level `semantic`. Below `normal` the levels are those of graphs that stand under a scan:
+`chunked`, then `fused`. The last one, `tiled`, is the inside of kernels: values of `backends/triton/kernel.py`, which
+the back end builds from the fused graphs, verifies (`backends/triton/verify.py`) and prints.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,11 @@ from typing import Protocol
 
 from chunkc.ir.graph import Graph
 from chunkc.ir.verify import VerifyError, verify
+from chunkc.passes.chunk import Chunk
+from chunkc.passes.differentiate import Differentiate
+from chunkc.passes.fuse import Fuse
 from chunkc.passes.normalize import Normalize
+from chunkc.passes.stream import Stream
 
 
 class InternalError(Exception):
@@ -24,7 +33,17 @@ class Pass(Protocol):
 
 PASSES: tuple[Pass, ...] = (
     Normalize(),  # first: everything after it sees scans and maps, never equations
+    Differentiate(),  # at this level, so that the chunk form of a gradient is derived as that of a scan is
+    Stream(),  # one token: the normal form cut open, without tiles
+    Chunk(),  # after gradients, both ways at once
+    Fuse(),  # last: which parts of the chunk form are one kernel
 )
+
+
+def upto(name: str) -> tuple[Pass, ...]:
+    """The passes up to the one of this name."""
+    names = [p.name for p in PASSES]
+    return PASSES[: names.index(name) + 1]
 
 
 def run(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> Graph:

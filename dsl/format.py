@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from lark import Token
 
-from chunkc.dsl.parser import grammar, parse, tokens
+from chunkc.dsl.parser import parse, tokens
+from chunkc.dsl.tables import grammar
 from chunkc.ir.diagnostics import SourceFile
 
 INDENT = "  "

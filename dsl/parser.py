@@ -9,14 +9,13 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, NoReturn
 
-from lark import Lark, Token, Tree, UnexpectedCharacters, UnexpectedInput, UnexpectedToken, v_args
+from lark import Token, Tree, UnexpectedCharacters, UnexpectedInput, UnexpectedToken, v_args
 from lark.visitors import Transformer_NonRecursive
 
 from chunkc.dsl import tree as T
+from chunkc.dsl.tables import grammar
 from chunkc.ir.diagnostics import MAX_BYTES, CompileError, Diagnostic, Report, SourceFile, Span, error
 
 MAX_DEPTH = 200
@@ -40,13 +39,6 @@ ENGLISH = {
 def english(terminal: str) -> str:
     """A terminal's name as a reader of diagnostics knows it; keywords stand for themselves."""
     return ENGLISH.get(terminal, f"'{terminal.lower()}'")
-
-
-@lru_cache(maxsize=1)
-def grammar() -> Lark:
-    """The LALR parser, built once a process."""
-    text = (Path(__file__).parent / "grammar.lark").read_text(encoding="utf-8")
-    return Lark(text, parser="lalr", lexer="basic", propagate_positions=False, maybe_placeholders=True)
 
 
 def tokens(source: SourceFile) -> list[Token]:

@@ -7,13 +7,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from chunkc.ir import nodes as N
+from chunkc.ir import tiles as T
 from chunkc.ir.axes import Axis, Frozen, Size
 from chunkc.ir.diagnostics import Span
 
 if TYPE_CHECKING:
     import networkx
 
-Level = Literal["semantic", "normal"]
+Level = Literal["semantic", "normal", "chunked", "fused"]
 
 
 class Parameter(Frozen):
@@ -112,7 +113,7 @@ class Module(Frozen):
     units: tuple[Unit, ...]
 
 
-for _model in (N.Param, N.Recur):
+for _model in (N.Param, N.Recur, N.Scan, T.Halving, T.Kernel):
     _model.model_rebuild(_types_namespace={"Graph": Graph})
 Graph.model_rebuild()
 

@@ -1,4 +1,4 @@
-"""The kinds of node of a graph, at every level.
+"""The kinds of node of a graph, at every level; those over tiles are in `ir/tiles.py`.
 
 A node is a value over named axes. Its operands are named by id and stand before it; `span` is the piece of the
 spec that it comes from. Elementwise nodes broadcast by axis name. Inside a recurrence's body the time axis is bound
@@ -11,28 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from chunkc.ir import tiles as T
 from chunkc.ir.axes import DType, Frozen, Size
 from chunkc.ir.diagnostics import Span
+from chunkc.ir.node import Node as Node
+from chunkc.ir.node import Unary
 
 if TYPE_CHECKING:
     from chunkc.ir.graph import Graph
-
-
-class Node(Frozen):
-    """What all kinds share: a unique id, the axes and element type of the value, and where it stands in the spec."""
-
-    id: str
-    axes: tuple[str, ...] = ()
-    dtype: DType = "float"
-    span: Span | None = None
-
-    def operands(self) -> tuple[str, ...]:
-        """The ids that it reads, in order."""
-        return ()
-
-    def renamed(self, names: dict[str, str]) -> Node:
-        """The same node reading other ids."""
-        return self
 
 
 class Input(Node):
@@ -129,17 +115,7 @@ class Map(Node):
         return self.evolve(args=tuple(names.get(a, a) for a in self.args))
 
 
-class _Unary(Node):
-    arg: str
-
-    def operands(self) -> tuple[str, ...]:
-        return (self.arg,)
-
-    def renamed(self, names: dict[str, str]) -> Node:
-        return self.evolve(arg=names.get(self.arg, self.arg))
-
-
-class Reduce(_Unary):
+class Reduce(Unary):
     """A reducer over named axes: sum, mean, max, min, any; of nothing it is 0.
 
     With `chunk`, which divides one of them into chunks or groups, it works chunk by chunk; that axis stands first."""
@@ -150,7 +126,7 @@ class Reduce(_Unary):
     chunk: str | None = None
 
 
-class Normalize(_Unary):
+class Normalize(Unary):
     """A normaliser along named axes, within each chunk of `chunk` if there is one; it keeps them."""
 
     kind: Literal["normalize"] = "normalize"
@@ -159,7 +135,7 @@ class Normalize(_Unary):
     chunk: str | None = None
 
 
-class Expand(_Unary):
+class Expand(Unary):
     """A tensor over groups `source` read over the members `target`: equal runs, in order."""
 
     kind: Literal["expand"] = "expand"
@@ -167,7 +143,7 @@ class Expand(_Unary):
     target: str
 
 
-class Rename(_Unary):
+class Rename(Unary):
     """The same values under a second name of an axis."""
 
     kind: Literal["rename"] = "rename"
@@ -175,7 +151,7 @@ class Rename(_Unary):
     target: str
 
 
-class Shift(_Unary):
+class Shift(Unary):
     """`x[t = t - by]` along a sequence axis: row t - by, and 0 before the sequence starts (or after it ends)."""
 
     kind: Literal["shift"] = "shift"
@@ -183,7 +159,7 @@ class Shift(_Unary):
     by: Size
 
 
-class Slice(_Unary):
+class Slice(Unary):
     """`x[a = at]` at one static position of an axis of fixed size; outside it, 0."""
 
     kind: Literal["slice"] = "slice"
@@ -317,6 +293,9 @@ class Query(Frozen):
     arg: str
 
 
+REGIONS = ("backward", "step", "tiles", "tiles_backward", "kernels", "kernels_backward", "kernel_step")
+
+
 class Scan(Node):
     """A diagonal linear recurrence over an ordered axis (the normal form).
 
@@ -326,6 +305,10 @@ class Scan(Node):
     i and j are empty; last the final state. `algebra` max-plus: S_t = max(A_t + S_{t-1}, W_t), i and j empty.
     `reverse` runs from the last token to the first. `declared` is the spec's order of the state's axes.
     `stop`: no gradient passes from one step to the next. `within`: it starts anew in each of those chunks.
+
+    Passes derive from it, each as a graph of its own whose inputs are the scan's `arguments` by position: `backward`,
+    its gradient; `step`, one token; `tiles` and `tiles_backward`, the chunk form of the scan and of its gradient;
+    `kernels`, `kernels_backward` and `kernel_step`, the launches for these.
     """
 
     kind: Literal["scan"] = "scan"
@@ -344,6 +327,23 @@ class Scan(Node):
     initial: str | None = None
     reverse: bool = False
     stop: bool = False
+    backward: Graph | None = None
+    step: Graph | None = None
+    tiles: Graph | None = None
+    tiles_backward: Graph | None = None
+    kernels: Graph | None = None
+    kernels_backward: Graph | None = None
+    kernel_step: Graph | None = None
+
+    def arguments(self) -> tuple[str, ...]:
+        """The ids of its operands, one a slot: gates, each write's sides, the added value, queries."""
+        ids = [g.arg for g in self.gates] + [x for w in self.writes for x in (w.i, w.j)]
+        return (*ids, *([self.add] if self.add else []), *(q.arg for q in self.queries))
+
+    def regions(self) -> dict[str, Graph]:
+        """The graphs derived from it, by name."""
+        found = {name: getattr(self, name) for name in REGIONS}
+        return {name: graph for name, graph in found.items() if graph is not None}
 
     def operands(self) -> tuple[str, ...]:
         ids = [g.arg for g in self.gates] + [x for w in self.writes for x in (w.i, w.j)]
@@ -371,7 +371,25 @@ class Scan(Node):
         return (*self.batch, *self.i, *self.j)
 
 
-class Out(_Unary):
+class GateGradient(Node):
+    """The gradient of gate number `gate` of a scan, from the scan and its adjoint: the reversed scan of gradients.
+
+    With S before each step, L the adjoint before its own step, A the transition: the sum of A S L over the axes that
+    the gate lacks. For a gate that is no logarithm, A is without it. It reads the trajectories of both scans."""
+
+    kind: Literal["gate_gradient"] = "gate_gradient"
+    scan: str
+    adjoint: str
+    gate: int
+
+    def operands(self) -> tuple[str, ...]:
+        return (self.scan, self.adjoint)
+
+    def renamed(self, names: dict[str, str]) -> Node:
+        return self.evolve(scan=names.get(self.scan, self.scan), adjoint=names.get(self.adjoint, self.adjoint))
+
+
+class Out(Unary):
     """Result `index` of a node with several."""
 
     kind: Literal["out"] = "out"
@@ -401,6 +419,18 @@ AnyNode = Annotated[
     | State
     | Recur
     | Scan
-    | Out,
+    | GateGradient
+    | Out
+    | T.Tile
+    | T.Untile
+    | T.Span
+    | T.Contract
+    | T.Strict
+    | T.Prefix
+    | T.Carry
+    | T.Half
+    | T.Halving
+    | T.Kernel
+    | T.Buffer,
     Field(discriminator="kind"),
 ]

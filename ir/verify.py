@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from chunkc.ir import nodes as N
+from chunkc.ir import tiles as T
 from chunkc.ir.graph import Graph, Level, gather_axes, moved_axes
+from chunkc.ir.verify_tiles import KERNELS, TILES
 
-AXIS_FIELDS = ("axis", "over", "to", "source", "target", "batch", "i", "j", "declared")
+AXIS_FIELDS = ("axis", "over", "to", "source", "target", "batch", "i", "j", "declared", "row", "column")
 CHUNK_FIELDS = ("chunk", "within")
+SEVERAL = N.Recur | N.Scan | T.Prefix | T.Carry | T.Halving | T.Kernel  # kinds with several results
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class VerifyError(Exception):
 
 @dataclass(frozen=True)
 class Region:
-    """A graph and where it stands: in a recurrence of `outer`, in a parameter, or alone."""
+    """A graph and where it stands: in a recurrence or halving of `outer`, in a parameter, under a scan, or alone."""
 
     graph: Graph
     level: Level
@@ -43,6 +46,8 @@ class Region:
     outer: Graph | None = None
     recur: N.Recur | None = None
     initial: bool = False
+    scan: N.Scan | None = None
+    halving: T.Halving | None = None
 
     @property
     def bound(self) -> str | None:
@@ -52,11 +57,20 @@ class Region:
     def axes(self, id_: str) -> tuple[str, ...]:
         return self.graph[id_].axes
 
-    def results(self, node: N.Recur | N.Scan) -> list[tuple[str, ...]]:
+    def results(self, node: N.AnyNode) -> list[tuple[str, ...]]:
         """The axes of each result of a node with several."""
+        if isinstance(node, T.Kernel):
+            return [node.body[id_].axes for _, id_ in node.body.outputs]
+        if isinstance(node, T.Halving):
+            return [self.axes(t) for t in node.totals]
+        if isinstance(node, T.Carry):
+            return [self.axes(node.update), _minus(self.axes(node.update), (node.axis,))]
+        if isinstance(node, T.Prefix):
+            return [self.axes(node.a)] * 2 + [_minus(self.axes(node.a), (node.axis,))] * 2
         if isinstance(node, N.Scan):
             count = len(node.queries) + (1 if node.i or node.j else 2)
             return [node.result_axes(k) for k in range(count)]
+        assert isinstance(node, N.Recur), node
         axis = self.graph.axis[node.axis]
         inner = axis.parent if axis.kind == "chunk" else None
         made = [node.body[id_].axes for _, id_ in node.body.outputs]
@@ -98,9 +112,16 @@ def _regions(region: Region) -> Iterator[Region]:
         path = f"{region.path}{node.id}/"
         if isinstance(node, N.Recur):
             yield Region(node.body, region.level, path, region.graph, node)
+        elif isinstance(node, T.Kernel):
+            yield Region(node.body, node.body.level, path)
+        elif isinstance(node, T.Halving):
+            yield Region(node.body, node.body.level, path, region.graph, halving=node)
         elif isinstance(node, N.Param) and node.init is not None:
             # No pass touches an initial value: it stays at the level at which it was made.
             yield Region(node.init, node.init.level, path, initial=True)
+        elif isinstance(node, N.Scan):  # what passes derive from a scan is each at its own level
+            for name, graph in node.regions().items():
+                yield Region(graph, graph.level, f"{path}{name}/", scan=node)
 
 
 def _scans(region: Region) -> list[N.Scan]:
@@ -183,9 +204,11 @@ def in_place(r: Region) -> Found:
     for node in r.graph.nodes:
         if isinstance(node, N.State | N.Capture) and r.recur is None:
             yield node.id, f"a {node.kind} stands only in a recurrence's body"
+        if isinstance(node, T.Half) and r.halving is None:
+            yield node.id, "a half stands only in a halving's body"
         if isinstance(node, N.Random) and not r.initial:
             yield node.id, "random numbers stand only in an initial value"
-        if isinstance(node, N.Input | N.Param) and (r.recur is not None or r.initial):
+        if isinstance(node, N.Input | N.Param) and (r.recur is not None or r.halving is not None or r.initial):
             yield node.id, f"a {node.kind} stands in no region"
         if isinstance(node, N.Recur | N.Scan) and r.initial:
             yield node.id, f"a {node.kind} stands in no initial value"
@@ -194,15 +217,17 @@ def in_place(r: Region) -> Found:
 
 
 def results_through_out(r: Region) -> Found:
-    """Recurrences and scans are read by `out` nodes alone, each at an index that there is."""
-    several = {n.id for n in r.graph.nodes if isinstance(n, N.Recur | N.Scan)}
+    """Nodes with several results are read by `out` (and `buffer`) nodes alone, each at an index that there is."""
+    several = {n.id for n in r.graph.nodes if isinstance(n, SEVERAL)}
     for node in r.graph.nodes:
-        if not isinstance(node, N.Out):
+        if isinstance(node, N.GateGradient):
+            continue
+        if not isinstance(node, N.Out | T.Buffer):
             for arg in several.intersection(node.operands()):
                 yield node.id, f"it reads '{arg}', which has several results, without an out"
             continue
         source = r.graph[node.arg]
-        if not isinstance(source, N.Recur | N.Scan):
+        if source.id not in several:
             yield node.id, f"'{node.arg}' has one result"
             continue
         count = len(r.results(source))
@@ -316,7 +341,7 @@ def result_axes(r: Region) -> Found:
 
 def _result(r: Region, node: N.AnyNode) -> tuple[str, ...] | None:
     """The axes that a node must have; None where any do, or another rule says."""
-    if isinstance(node, N.Const | N.Length | N.Recur | N.Scan | N.Segment):
+    if isinstance(node, N.Const | N.Length | N.Segment | SEVERAL):
         return ()
     if isinstance(node, N.Bounds):
         parent = r.graph.axis[node.chunk].parent
@@ -327,10 +352,8 @@ def _result(r: Region, node: N.AnyNode) -> tuple[str, ...] | None:
         return moved_axes(node, r.axes(node.arg))
     if isinstance(node, N.Gather):
         return gather_axes(r.axes(node.arg), r.axes(node.index), node.axis)
-    if isinstance(node, N.Out):
-        source = r.graph[node.arg]
-        assert isinstance(source, N.Recur | N.Scan)
-        return r.results(source)[node.index]
+    if isinstance(node, N.Out | T.Buffer):
+        return r.results(r.graph[node.arg])[node.index]
     if isinstance(node, N.Capture) and r.outer is not None:
         return _minus(r.outer[node.outer].axes, (r.bound or "",))
     if isinstance(node, N.State) and r.recur is not None:
@@ -345,6 +368,13 @@ def no_scan(r: Region) -> Found:
     """Scans are what normalising makes."""
     for node in _scans(r):
         yield node.id, "a scan stands only at the normal level"
+
+
+def no_tiles(r: Region) -> Found:
+    """Tiles and kernels stand below the normal level."""
+    for node in r.graph.nodes:
+        if type(node).__module__ == T.__name__:
+            yield node.id, f"a {node.kind} does not stand at the level {r.level}"
 
 
 # -- normal ----------------------------------------------------------------------------------------------------------
@@ -416,15 +446,45 @@ def scan_vector(r: Region) -> Found:
             yield node.id, "a max-plus scan has no sides"
 
 
+def scan_regions(r: Region) -> Found:
+    """Each graph derived from a scan takes its operands, and each operand has one gradient."""
+    for node in _scans(r):
+        count = len(node.arguments())
+        for name, graph in node.regions().items():
+            given = len(graph.of_kind(N.Input))
+            if given <= count:
+                yield node.id, f"its {name} has {given} inputs, too few for {count} operands"
+        if node.backward is not None and len(node.backward.outputs) != count + 1:
+            yield node.id, f"its backward has {len(node.backward.outputs)} gradients for {count} operands"
+
+
+def gate_gradients(r: Region) -> Found:
+    """A gate's gradient is of a gate that there is, from a scan and a reversed scan over the same state."""
+    for node in r.graph.of_kind(N.GateGradient):
+        scan, adjoint = r.graph[node.scan], r.graph[node.adjoint]
+        if not isinstance(scan, N.Scan) or not isinstance(adjoint, N.Scan) or adjoint.reverse == scan.reverse:
+            yield node.id, f"'{node.scan}' and '{node.adjoint}' are no scan and its adjoint"
+        elif (scan.batch, scan.i, scan.j) != (adjoint.batch, adjoint.i, adjoint.j):
+            yield node.id, f"'{node.scan}' and '{node.adjoint}' have states over different axes"
+        elif not 0 <= node.gate < len(scan.gates):
+            yield node.id, f"'{node.scan}' has no gate {node.gate}"
+        elif node.axes != r.axes(scan.gates[node.gate].arg):
+            yield (
+                node.id,
+                f"it is over {_shown(node.axes)}, and its gate over {_shown(r.axes(scan.gates[node.gate].arg))}",
+            )
+
+
 STRUCTURE: tuple[Rule, ...] = (
     right_level, ids_unique, operands_before, outputs_exist, axes_known, in_place, carried_right, body_reads,
     results_through_out,
 )  # fmt: skip
 COMMON: tuple[Rule, ...] = (*STRUCTURE, works_along, sequences, map_axes, weight_axes, result_axes)
 RULES: dict[Level, tuple[Rule, ...]] = {
-    "semantic": (*COMMON, no_scan),
+    "semantic": (*COMMON, no_scan, no_tiles),
     "normal": (
         *COMMON,
+        no_tiles,
         recur_has_reason,
         scan_sides,
         scan_operands,
@@ -432,5 +492,9 @@ RULES: dict[Level, tuple[Rule, ...]] = {
         scan_writes,
         scan_queries,
         scan_vector,
+        scan_regions,
+        gate_gradients,
     ),  # fmt: skip
+    "chunked": (*COMMON, *TILES),
+    "fused": (*COMMON, *KERNELS),
 }

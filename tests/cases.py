@@ -85,6 +85,17 @@ OPS = {
   output o
 }}
 """,
+    "raw_and_log": f"""causal op raw_and_log(heads: int, dk: int, dv: int) {{
+  {AXES}
+  input q[t, h, i], k[t, h, i], v[t, h, j], a[t, h, i] in [0, 1], f[t, h, j] in [-inf, 0]
+  recurrence over t {{
+    state S[h, i, j]
+    S = a * exp(f) * S + k * v
+    o = sum[i](q * S)
+  }}
+  output o
+}}
+""",
     "both_sides": f"""causal op both_sides(heads: int, dk: int, dv: int) {{
   {AXES}
   input q[t, h, i], w[t, h, j], k[t, h, i], v[t, h, j], k2[t, h, i], v2[t, h, j], g[t, h, i] in [-inf, 0]
@@ -274,6 +285,20 @@ def with_zeros(shape: list[int]) -> Tensor:
     a = torch.rand(shape)
     pick = torch.rand(shape)
     return torch.where(pick < 0.2, 0.0, torch.where(pick > 0.8, 1.0, a))
+
+
+def vanishing(shape: list[int]) -> Tensor:
+    """Decays that are 0 throughout in one head, hardly more in another, and mostly 0 in the others."""
+    a = with_zeros(shape) * (torch.rand(shape) > 0.7)
+    a[:, 0] = 0.0
+    if shape[1] > 1:
+        a[:, 1] = 1e-20
+    return a
+
+
+def closing(shape: list[int]) -> Tensor:
+    """Log-gates, a fifth of them -inf: they forget everything before."""
+    return torch.where(torch.rand(shape) < 0.2, -float("inf"), -torch.rand(shape))
 
 
 LOG_GATES = ("g", "f")

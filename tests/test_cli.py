@@ -380,7 +380,8 @@ def test_graph(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["graph", "two.spec"]) == 0
     assert "op g\n" in capsys.readouterr().out
     assert cli.run(["graph", "bad.spec"]) == 1
-    assert cli.run(["graph", "good.spec", "--level", "tiled"]) == 2
+    assert cli.run(["graph", "good.spec", "--level", "plan"]) == 2
+    assert cli.run(["graph", "good.spec", "--level", "tiled", "--format", "dot"]) == 2
 
 
 @pytest.mark.usefixtures("backend")

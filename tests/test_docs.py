@@ -11,7 +11,8 @@ import pytest
 from chunkc.backends.package import emit_files
 from chunkc.driver import compile_source
 from chunkc.dsl import prelude
-from chunkc.dsl.parser import RESERVED, grammar
+from chunkc.dsl.parser import RESERVED
+from chunkc.dsl.tables import grammar
 from chunkc.ir import nodes as N
 from chunkc.ir.diagnostics import CompileError, SourceFile
 

@@ -48,6 +48,17 @@ def test_cost_of_a_vector_recurrence(d: int, e: int) -> None:
     assert evaluate(elements(graph), graph, sizes) == 2 * d
 
 
+def test_cost_of_kernels() -> None:
+    """For a tile of 64 tokens: operands once, the states at its edges once, what is written once."""
+    (found,) = facts(compiled("gated"))[0]["recurrences"]
+    costs = {k["name"]: {(t["count"], *t["axes"]) for t in k["elements"]} for k in found["kernels"]}
+    assert [k["name"] for k in found["kernels"] if k["pass"] == "forward"] == ["states", "read_j"]
+    assert costs["states"] == {(64 * 2, "h", "i"), (64, "h", "j"), (1, "h", "i", "j")}  # g, k; v; states
+    assert costs["read_j"] == {(64 * 3, "h", "i"), (64 * 2, "h", "j"), (1, "h", "i", "j")}  # g, k, q; v, o; states
+    assert costs["token"] == {(3, "h", "i"), (2, "h", "j"), (2, "h", "i", "j")}
+    assert "read_j h i j + 192 h i + 128 h j elements a tile" in render_facts(facts(compiled("gated")))
+
+
 @pytest.mark.parametrize("name", [*SHIPPED, *cases.OPS])
 def test_facts_are_printed(name: str) -> None:
     found = facts(compiled(name))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import cases
+import constructs
 import pytest
 import torch
 from emitted import Case, errors
-from test_numerics import ALL, PACKED, SETTINGS, SHIPPED, allowed, built, gates
+from test_language import built as construct
+from test_language import settings
+from test_numerics import ALL, EDGES, PACKED, SETTINGS, SHIPPED, allowed, at_edges, built, gates
 
 __all__ = ["built"]
 pytestmark = [
@@ -69,6 +72,19 @@ def test_two_runs_are_bitwise_equal(built, name):  # type: ignore[no-untyped-def
         runs.append([out, *torch.autograd.grad(out.float().square().sum(), list(inputs.values()))])
     for a, b in zip(*runs):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name, make", EDGES)
+def test_gates_at_the_ends_of_their_range(built, name, make):  # type: ignore[no-untyped-def]
+    check(at_edges(built, name, make, "cuda"))
+
+
+@pytest.mark.parametrize("lengths, packed", [([33, 33], False), ([0, 17, 1, 40], True)])
+@pytest.mark.parametrize("name", [n for n in constructs.SPECS if n != "fns"])
+def test_constructs(name, lengths, packed):  # type: ignore[no-untyped-def]
+    module, unit = construct(name)
+    case = Case(settings(name, unit), lengths, packed=packed, values=constructs.VALUES, device="cuda")
+    check(errors(module, unit, case), 3.0)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

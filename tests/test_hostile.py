@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from chunkc.driver import check_source
 from chunkc.dsl.format import format_source
-from chunkc.dsl.parser import grammar
+from chunkc.dsl.tables import grammar
 from chunkc.ir.diagnostics import MAX_BYTES, CompileError, Diagnostic, SourceFile, render_json, render_text
 
 SPECS = [

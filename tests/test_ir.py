@@ -19,7 +19,7 @@ from chunkc.ir.dot import as_dot
 from chunkc.ir.graph import Graph
 from chunkc.ir.text import KINDS, parse_graph, print_graph
 from chunkc.ir.verify import RULES, VerifyError, verify
-from chunkc.pipeline import InternalError, run
+from chunkc.pipeline import PASSES, InternalError, run
 
 SPECS = sorted((Path(__file__).parent.parent / "specs").glob("*.spec"))
 
@@ -59,7 +59,8 @@ layer Mixed(d_model: int, heads: int = 4) {
 
 
 def both_levels(graph: Graph) -> list[Graph]:
-    return [graph, run(graph)]
+    """As it is written, as the back ends get it, and the normal form alone."""
+    return [graph, run(graph, PASSES[:1]), run(graph)]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,8 @@ def semantic() -> Graph:
 
 @pytest.fixture(scope="module")
 def normal(semantic: Graph) -> Graph:
-    return run(semantic)
+    """The normal form alone, without what passes derive from its scans."""
+    return run(semantic, PASSES[:1])
 
 
 # -- text ------------------------------------------------------------------------------------------------------------
@@ -387,6 +389,12 @@ def test_semantic_rejects_scans(normal: Graph) -> None:
     rejected(normal.evolve(level="semantic"), only(normal, N.Scan).id, "only at the normal level")
 
 
+def test_no_tiles_above_their_level(semantic: Graph, normal: Graph) -> None:
+    span = N.T.Span(id="new", arg="x", fn="before", axis="t", axes=("t", "d"))
+    for graph in (semantic, normal):
+        rejected(insert(graph, span), "new", f"does not stand at the level {graph.level}")
+
+
 def test_normal_rejects_recurrences_without_reason(normal: Graph) -> None:
     recur = only(normal, N.Recur)
     rejected(change(normal, recur.id, reason=""), recur.id, "has a reason")
@@ -435,6 +443,34 @@ def test_normal_rejects_vector_scans_with_sides(normal: Graph) -> None:
     rejected(change(normal, vector.id, writes=(N.Write(i="q", j="q"),)), vector.id, "no writes and no queries")
     rejected(change(normal, vector.id, queries=(N.Query(side="i", arg="b"),)), vector.id, "no writes and no queries")
     rejected(change(normal, "scan_S", algebra="max-plus"), "scan_S", "max-plus")
+
+
+@pytest.fixture(scope="module")
+def derived(semantic: Graph) -> Graph:
+    """The normal form with what passes derive from its scans."""
+    return run(semantic)
+
+
+def region(graph: Graph, scan: str, name: str, **changes: object) -> Graph:
+    """The graph with the fields of a graph that was derived from a scan changed."""
+    return change(graph, scan, **{name: getattr(graph[scan], name).evolve(**changes)})
+
+
+def test_normal_rejects_derived_graphs(derived: Graph) -> None:
+    backward = derived["scan_S"].backward  # type: ignore[union-attr]
+    assert backward is not None
+    inputs = [n for n in backward.nodes if isinstance(n, N.Input)]
+    rejected(region(derived, "scan_S", "backward", outputs=backward.outputs[1:]), "scan_S", "gradients for")
+    rejected(region(derived, "scan_S", "backward", nodes=tuple(inputs[:2]), outputs=()), "scan_S", "too few")
+    gate = only(backward, N.GateGradient)
+    where = f"scan_S/backward/{gate.id}"
+
+    def with_gate(**fields: object) -> Graph:
+        return change(derived, "scan_S", backward=change(backward, gate.id, **fields))
+
+    rejected(with_gate(adjoint=gate.scan), where, "are no scan and its adjoint")
+    rejected(with_gate(gate=1), where, "has no gate 1")
+    rejected(with_gate(axes=("t",)), where, "and its gate over")
 
 
 def test_every_rule_says_what_holds() -> None:

@@ -132,10 +132,42 @@ def test_numbers_and_coordinates(tmp_path: Path, dtype: torch.dtype, flag: bool)
     check(errors(module, units[0], Case(settings, [70, 70], dtype=dtype)))
 
 
+def test_a_read_that_cancels(tmp_path: Path) -> None:
+    text = cases.OPS["no_gate"].replace("sum[i](q * S)", "sum[i]((q * v - v * q) * S) + v")
+    module, units, _ = emit(text, tmp_path)
+    check(errors(module, units[0], Case({"heads": 2, "dk": 3, "dv": 4}, [66], resume=True)))
+
+
 def test_states_are_as_declared(built: Any) -> None:
     """Their order is the spec's, also where they run in another one, and those that nothing reads are there too."""
     assert built("stabilised")[0].stabilised_state._fields == ("C", "n", "m")
     assert built("unread")[0].unread_state._fields == ("z", "S", "M", "L")
+
+
+EDGES = [("raw_key", cases.vanishing), ("raw_product", cases.vanishing), ("raw_and_log", cases.vanishing),
+         ("gated", cases.closing), ("value_gate", cases.closing), ("product_gate", cases.closing),
+         ("scalar_gate", cases.closing)]  # fmt: skip
+
+
+def at_edges(built: Any, name: str, make: Any, device: str = "cpu") -> dict[str, float]:
+    """Gates at the ends of their range: the errors of a packed batch."""
+    module, unit = built(name)
+    own = {n: make for n in unit.inputs if n in (cases.RAW_GATES if make is cases.vanishing else cases.LOG_GATES)}
+    values = {**gates(unit, cases.mixed), **own}
+    settings = {**SETTINGS, "heads": 3}
+    case = Case(settings, [70, 3, 0, 1], packed=True, resume=True, values=values, device=device)
+    return errors(module, unit, case)
+
+
+@pytest.mark.parametrize("name, make", EDGES)
+def test_gates_at_the_ends_of_their_range(built: Any, name: str, make: Any) -> None:
+    check(at_edges(built, name, make))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name, make", EDGES)
+def test_interpreted_gates_at_the_ends_of_their_range(built: Any, name: str, make: Any) -> None:
+    check(at_edges(built, name, make))
 
 
 @pytest.mark.interpreter

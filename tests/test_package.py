@@ -91,3 +91,12 @@ def test_wrong_calls_raise_one_clear_error(tmp_path: Path) -> None:
     ):
         with pytest.raises((ValueError, TypeError), match=wanted):
             module.gated(**{**good, **change})
+
+
+def test_a_second_derivative_is_refused(tmp_path: Path) -> None:
+    """Elementwise scans say so, instead of giving one that lacks terms."""
+    module, _, _ = emit(cases.OPS["vector"], tmp_path)
+    z, u = torch.rand(1, 5, 2, 3, requires_grad=True), torch.randn(1, 5, 2, 3, requires_grad=True)
+    out, _ = module.vector(z, u)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(out.square().sum(), z, create_graph=True)

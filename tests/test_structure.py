@@ -17,7 +17,7 @@ from crosscompile import TARGETS, compile_kernel, sources, usage
 from emitted import emit
 
 from chunkc.backends.scan import ScanForm, scan_form
-from chunkc.backends.triton.emit import kernels_of, spans_of
+from chunkc.backends.triton.emit import kernels_of, launches, spans_of
 from chunkc.backends.triton.kernel import Expr, Kernel, Let, Loop, Store, call, where
 from chunkc.backends.triton.vector import vector_kernel
 from chunkc.backends.writer import Lines, Writer
@@ -122,9 +122,42 @@ def test_launches(name: str) -> None:
         assert 2 <= len(forward) <= 3 and 3 <= len(backward) <= 6
 
 
+TABLE = {"tile_start", "tile_stop", "first_tile", "tile_count"}
+PASSED = {"ends": {"initial": "d_last", "last": "d_initial", "states": "ends"}, "token": {"next": "last"}}
+
+
+@each_kernel
+def test_kernels_read_and_write_what_the_graph_says(name: str, index: int, role: str) -> None:
+    """A kernel's pointers are the launch's operands and buffers, each used the way the graph has it."""
+    scan, kernel = at(name, index, role)
+    launch = next(k for group in launches(scan.form) for k in group if k.role == role)
+    graphs = (scan.form.scan.kernels, scan.form.scan.kernels_backward, scan.form.scan.kernel_step)
+    graph = next(g for g in graphs if g is not None and launch in g.nodes)
+    known = dict(zip((n.id for n in graph.of_kind(N.Input)), (o.name for o in scan.form.operands())))
+    given = {f"out_{k}": f"out_{n}" for k, n in known.items()} | {f"d_out_{k}": f"d_out_{n}" for k, n in known.items()}
+    names = known | given | {f"d_{k}": f"d_{n}" for k, n in known.items()}
+    names |= {f"d_{k}_edges": f"d_{n}" for k, n in known.items()}
+    wanted = {names.get(r, r) for r in launch.reads} | {names.get(n, n) for n, _ in launch.body.outputs}
+    pointers = {a.removesuffix("_ptr") for a in kernel.arguments} - TABLE
+    assert {PASSED.get(role, {}).get(p, p) for p in pointers} == wanted
+    stored = {e.op.removesuffix("_ptr") for s in kernel.statements() if isinstance(s, Store) for e in s.pointer.walk()}
+    stored = {PASSED.get(role, {}).get(p, p) for p in stored}
+    assert stored & wanted == {names.get(n, n) for n, _ in launch.body.outputs}
+
+
 # -- contractions ------------------------------------------------------------------------------------------------------
 
-POINTWISE = {"tl.exp", "tl.where", "tl.trans", "tl.load", "tl.zeros", "tl.arange", "tl.program_id", "tl.cdiv"}
+POINTWISE = {
+    "tl.exp",
+    "tl.where",
+    "tl.maximum",
+    "tl.trans",
+    "tl.load",
+    "tl.zeros",
+    "tl.arange",
+    "tl.program_id",
+    "tl.cdiv",
+}
 CONTRACTIONS = {"tl.dot", "masked_sum", "tl.sum"}
 
 

@@ -5,6 +5,7 @@ Copied into each package as `_checks.py`; it imports torch alone. Values are rea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -95,8 +96,12 @@ def check_position(who: str, position: Tensor, count: int, x: Tensor) -> None:
 
 
 def check_values(who: str, name: str, x: Tensor, low: float | None, high: float | None) -> None:
-    """With check=True: no NaN or infinity, and the declared range (reads the values)."""
-    if (x.dtype.is_floating_point or x.dtype.is_complex) and not bool(torch.isfinite(x).all()):
+    """With check=True: no NaN, no infinity but where the declared range ends in one, and that range (reads values)."""
+    real_or_complex = x.dtype.is_floating_point or x.dtype.is_complex
+    right = torch.isfinite(x) if real_or_complex else torch.ones_like(x, dtype=torch.bool)
+    for end in (low, high):
+        right = right if end is None or math.isfinite(end) else right | (x == end)
+    if not bool(right.all()):
         raise ValueError(f"{who}: '{name}' has values that are not finite")
     if low is not None and bool((x < low).any()) or high is not None and bool((x > high).any()):
         raise ValueError(f"{who}: '{name}' leaves its declared range [{low}, {high}]")

@@ -146,16 +146,14 @@ class Chunks:
             out = out / length.view(-1, *[1] * (out.dim() - 1))
         return self._own_shape(out), kept
 
-    def resumed(self, step: int, x: Tensor, so_far: Tensor | None, fn: str) -> Tensor:
+    def resumed(self, step: int, x: Tensor, so_far: Tensor, fn: str) -> Tensor:
         """A reduction over one chunk of each sequence [N, ...], with what that chunk held before this call."""
-        if so_far is None or step:
+        if step:
             return x
         return torch.where(_wide(self.continues, x), _joined(x, so_far.to(x.dtype), fn), x)
 
-    def kept(self, step: int, x: Tensor, before: Tensor | None) -> Tensor:
+    def kept(self, step: int, x: Tensor, before: Tensor) -> Tensor:
         """What each sequence's last chunk holds so far, once the loop has passed it."""
-        if before is None:
-            before = torch.zeros_like(x)
         last = self.own.offsets.diff() - 1 == step
         return torch.where(_wide(last, x), x, before.to(x.dtype))
 

@@ -51,6 +51,9 @@ class Weights(torch.nn.Module):
         for name, own in inner.items():
             self.add_module(name, Weights(**own))
 
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
 
 class Sequences:
     """Where each sequence of a batch lies, and how its tokens fall into tiles.
@@ -370,6 +373,12 @@ def tile_scan(
     return seq.untile(out.flip(2) if reverse else out), state
 
 
+def once() -> None:
+    """Refuse a backward that is to be differentiated itself: a scan's gradient has no derivative."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("a scan has no second derivative: its backward cannot run with create_graph=True")
+
+
 Scan = Callable[[Sequences, Tensor, Tensor, Tensor, bool, bool], tuple[Tensor, Tensor]]
 
 
@@ -385,6 +394,7 @@ class VectorScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
+        once()
         a, out = ctx.saved_tensors
         d_b, d_initial = ctx.scan(ctx.seq, a.conj().resolve_conj(), d_out, d_last, True, False)
         return None, d_b * out.conj(), d_b, d_initial, None
@@ -403,6 +413,7 @@ class MaxPlusScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
+        once()
         (share,) = ctx.saved_tensors
         d_h, d_initial = ctx.scan(ctx.seq, share, d_out, d_last, True, False)
         return None, d_h * share, d_h * (1 - share), d_initial, None

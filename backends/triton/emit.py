@@ -2,44 +2,61 @@
 
 from __future__ import annotations
 
-from chunkc.backends.scan import Operand, ScanForm, Side, scan_form
+from chunkc.backends.scan import Operand, ScanForm, scan_form
 from chunkc.backends.triton.kernel import Kernel
 from chunkc.backends.triton.schedule import SideKernel, SidePlan, pass_kernel
 from chunkc.backends.triton.vector import step_kernel, vector_kernel
+from chunkc.backends.triton.verify import verify_kernel
 from chunkc.backends.writer import Lines, Writer
 from chunkc.ir import nodes as N
+from chunkc.ir import tiles as T
+from chunkc.ir.diagnostics import SourceFile
 from chunkc.ir.graph import Unit
+from chunkc.ir.nodes import Input
 
-SIDES: tuple[Side, Side] = ("j", "i")
+
+def launches(form: ScanForm) -> tuple[list[T.Kernel], list[T.Kernel], list[T.Kernel]]:
+    """The launches of a scan, in order: forward, backward, one token."""
+    graphs = (form.scan.kernels, form.scan.kernels_backward, form.scan.kernel_step)
+    forward, backward, step = (g.of_kind(T.Kernel) if g is not None else [] for g in graphs)
+    assert forward and backward and step, "the scan has no kernels"
+    return forward, backward, step
 
 
 def kernels_of(form: ScanForm, lines: Lines, spans: dict[str, str]) -> dict[str, Kernel]:
-    """The kernels of a scan by role: states, read_i, read_j, ends, grad_i, grad_j, gate_i, gate_j, token."""
-    out = {"states": pass_kernel(form, lines, spans, reverse=False)}
-    for side in SIDES:
-        reads = tuple(m for m, q in enumerate(form.queries) if q.side != side)
-        if reads:
-            plan = SidePlan(side, reads, (), forward=True)
-            out[f"read_{side}"] = SideKernel(form, plan, f"{form.name}_read_{side}", spans).build()
-    out["ends"] = pass_kernel(form, lines, spans, reverse=True)
-    writes = tuple(range(len(form.writes)))
-    for side in SIDES:
-        own = tuple(m for m, q in enumerate(form.queries) if q.side == side)
-        plan = SidePlan(side, own, writes)
-        out[f"grad_{side}"] = SideKernel(form, plan, f"{form.name}_grad_{side}", spans).build()
-        if form.gate(side) is None:
-            continue
-        if len(form.gates) == 2:  # one kernel a gate, to stay within six launches
-            plan = SidePlan(side, (), (), edges=True, pairs=True)
-            out[f"gate_{side}"] = SideKernel(form, plan, f"{form.name}_gate_{side}", spans).build()
-            continue
-        for name, plan in (
-            (f"edges_{side}", SidePlan(side, (), (), edges=True)),
-            (f"gate_{side}", SidePlan(side, (), (), pairs=True)),
-        ):
-            out[name] = SideKernel(form, plan, f"{form.name}_{name}", spans).build()
+    """The kernels of a scan by role: states, read_i, read_j, ends, grad_i, grad_j, edges and gate of a side, token."""
+    forward, backward, _ = launches(form)
+    out = {}
+    for launch in (*forward, *backward):
+        if launch.rows == "sequences":
+            out[launch.role] = pass_kernel(form, lines, spans, reverse=launch in backward)
+        else:
+            plan = _plan(form, launch)
+            out[launch.role] = SideKernel(form, plan, f"{form.name}_{launch.role}", spans).build()
     out["token"] = step_kernel(form, lines)
+    for kernel in out.values():
+        verify_kernel(kernel)
     return out
+
+
+def _plan(form: ScanForm, launch: T.Kernel) -> SidePlan:
+    """What a kernel over one side of a tile computes, from what it writes."""
+    (side,) = launch.blocks
+    written = {name for name, _ in launch.body.outputs}
+    graph = form.scan.kernels
+    assert graph is not None
+    names = dict(zip((n.id for n in graph.of_kind(Input)), form.operands()))
+    own = {o.name: f"d_{id_}" in written for id_, o in names.items()}
+    results = [name for name, _ in graph.outputs]
+    if launch.role.startswith("read"):
+        return SidePlan(side, tuple(m for m in range(len(form.queries)) if results[m] in written), (), forward=True)
+    if launch.role.startswith("grad"):
+        reads = tuple(m for m, q in enumerate(form.queries) if own[q.name])
+        return SidePlan(side, reads, tuple(range(len(form.writes))))
+    # The gradient of a gate: from the tile's edges, from pairs added to what another kernel kept of those, or both.
+    edges = launch.role.startswith("edges")
+    kept = any(r.endswith("_edges") for r in launch.reads)
+    return SidePlan(side, (), (), edges=edges or not kept, pairs=not edges)
 
 
 def spans_of(unit: Unit, lines: Lines) -> dict[str, str]:
@@ -49,6 +66,18 @@ def spans_of(unit: Unit, lines: Lines) -> dict[str, str]:
 def prefix_of(unit: Unit, units: tuple[Unit, ...]) -> str:
     """What stands before a scan's name where a module holds several units."""
     return f"{unit.name}_" if len(units) > 1 else ""
+
+
+def print_kernels(unit: Unit, source: SourceFile) -> str:
+    """The text of the level `tiled`: the kernels of each matrix scan of a unit."""
+    lines, w = Lines(source), Writer()
+    for scan in unit.graph.of_kind(N.Scan):
+        if scan.i or scan.j:
+            form = scan_form(scan, {n.id: n.axes for n in unit.graph.nodes})
+            for kernel in kernels_of(form, lines, spans_of(unit, lines)).values():
+                kernel.print(w)
+                w()
+    return w.text()
 
 
 def emit_kernels(units: tuple[Unit, ...], lines: Lines) -> str:
@@ -64,7 +93,7 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines) -> str:
     w("from torch import Tensor")
     w()
     w("from . import _runtime")
-    w("from ._runtime import LOG_SMALL, TILE, Sequences, log_gate")
+    w("from ._runtime import LOG_SMALL, TILE, Sequences, log_gate, once")
     w()
     w("LEVELS = TILE.bit_length() - 1  # halvings of a tile down to single tokens")
     w("BLOCK = 64  # columns of a side a program takes; Triton 3.6 miscompiles narrower products for Hopper")
@@ -151,13 +180,13 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
             w("initial = initial.contiguous()")
             w("states = initial.new_empty((tiles, H, I, J))")
             w("last = torch.empty_like(initial)")
-            _launch(kernels["states"], "seq.count", "i * j", w)
+            forward, backward, (token,) = launches(form)
+            _launch(kernels, forward[0], w)
             for q, out in zip(form.queries, outs):
                 size = "J" if q.side == "i" else "I"
                 w(f"{out} = {names[0]}.new_empty((*{names[0]}.shape[:3], {size}))")
-            for side in ("j", "i"):
-                if f"read_{side}" in kernels:
-                    _launch(kernels[f"read_{side}"], "tiles", side, w)
+            for launch in forward[1:]:
+                _launch(kernels, launch, w)
             w("ctx.seq = seq")
             w("ctx.save_for_backward(*operands, states)")
             w(f"return {', '.join([*outs, 'last'])}")
@@ -166,10 +195,11 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
         grads = [f"d_{o}" for o in outs]
         typed_grads = ", ".join(f"{g}: Tensor" for g in [*grads, "d_last"])
         with w.indented(f"def backward(ctx: Any, {typed_grads}) -> tuple[Tensor | None, ...]:"):
-            _backward(form, kernels, names, grads, w)
+            w("once()")
+            _backward(form, kernels, backward, w)
     w()
     w()
-    _step(form, kernels["token"], names, typed, w)
+    _step(form, kernels[token.role], names, typed, w)
     w()
     w()
     with w.indented(f"def {form.name}_scan(seq: Sequences, {typed}, initial: Tensor) -> tuple[Tensor, ...]:"):
@@ -196,10 +226,11 @@ def _argument(name: str) -> str:
     return {"tile_start": "start", "tile_stop": "stop", "first_tile": "first", "tile_count": "count"}.get(name, name)
 
 
-def _launch(kernel: Kernel, rows: str, blocks: str, w: Writer, rename: dict[str, str] | None = None) -> None:
+def _launch(kernels: dict[str, Kernel], launch: T.Kernel, w: Writer, rename: dict[str, str] | None = None) -> None:
     """A launch: programs over rows (tiles or sequences), blocks of a side or both, heads."""
-    count = {"i": "triton.cdiv(I, BLOCK)", "j": "triton.cdiv(J, BLOCK)",
-             "i * j": "triton.cdiv(I, BLOCK) * triton.cdiv(J, BLOCK)"}[blocks]  # fmt: skip
+    kernel = kernels[launch.role]
+    rows = "seq.count" if launch.rows == "sequences" else "tiles"
+    count = " * ".join(f"triton.cdiv({s.upper()}, BLOCK)" for s in launch.blocks)
     arguments = [_argument(a.removesuffix("_ptr")) for a in kernel.arguments]
     arguments = [(rename or {}).get(a, a) for a in arguments]
     given = {"H": "H", "I": "I", "J": "J", "C": "TILE", "LEVELS": "LEVELS", "BI": "BLOCK", "BJ": "BLOCK"}
@@ -213,7 +244,8 @@ def _launch(kernel: Kernel, rows: str, blocks: str, w: Writer, rename: dict[str,
         w(")")
 
 
-def _backward(form: ScanForm, kernels: dict[str, Kernel], names: list[str], grads: list[str], w: Writer) -> None:
+def _backward(form: ScanForm, kernels: dict[str, Kernel], backward: list[T.Kernel], w: Writer) -> None:
+    names, grads = [o.name for o in form.operands()], [f"d_{o}" for o in form.results()]
     w("seq = ctx.seq")
     w(f"{', '.join(names)}, states = ctx.saved_tensors")
     w(f"{''.join(g + ', ' for g in grads).rstrip()} = {''.join(g + '.contiguous(), ' for g in grads).rstrip()}")
@@ -223,25 +255,39 @@ def _backward(form: ScanForm, kernels: dict[str, Kernel], names: list[str], grad
     _prepare(form, w)
     w("d_last = d_last.contiguous()")
     w("ends, d_initial = torch.empty_like(states), torch.empty_like(d_last)")
-    _launch(kernels["ends"], "seq.count", "i * j", w, {"initial": "d_last", "last": "d_initial", "states": "ends"})
+    _launch(kernels, backward[0], w, {"initial": "d_last", "last": "d_initial", "states": "ends"})
     for o in form.operands():
         w(f"d_{o.name} = {_gradient_buffer(o)}")
-    for side in ("j", "i"):
-        _launch(kernels[f"grad_{side}"], "tiles", side, w)
-    for g in form.gates:
-        if g.raw:
-            w(f"# {g.name} is divided out of its gradient, so that exact zeros have one")
-            w(f"{g.name} = log_gate({g.name}_value, LOG_SMALL)")
-    for side in ("j", "i"):
-        for part in (f"edges_{side}", f"gate_{side}"):
-            if part in kernels:
-                _launch(kernels[part], "tiles", side, w)
+    raised: set[str] = set()
+    for launch in backward[1:]:
+        raised = _raise_gates(form, raised_by(form, launch), raised, w)
+        _launch(kernels, launch, w)
     for g in form.gates:
         if g.thin:
             w(f"d_{g.name} = d_{g.name}.sum(-1, keepdim=True)")
         if g.raw:
             w(f"d_{g.name} = d_{g.name} / {g.name}_value.clamp(min=2.0**-40)")
     w(f"return None, {', '.join(f'd_{n}' for n in names)}, d_initial")
+
+
+def raised_by(form: ScanForm, launch: T.Kernel) -> set[str]:
+    """The gates that a kernel wants raised, by name: those that are divided out of their gradient."""
+    graph = form.scan.kernels_backward
+    assert graph is not None
+    names = dict(zip((n.name for n in graph.of_kind(N.Input)), (o.name for o in form.operands())))
+    small = {tile.arg for tile in launch.body.of_kind(T.Tile) if tile.log == "small"}
+    return {names[launch.body[arg].name] for arg in small}  # type: ignore[union-attr]
+
+
+def _raise_gates(form: ScanForm, wanted: set[str], raised: set[str], w: Writer) -> set[str]:
+    """Give each gate that is no logarithm the least value that the next kernel wants; those that are raised now."""
+    for g in form.gates:
+        if g.name in wanted - raised:
+            w(f"# {g.name} is divided out of its gradient, so that exact zeros have one")
+            w(f"{g.name} = log_gate({g.name}_value, LOG_SMALL)")
+        elif g.name in raised - wanted:
+            w(f"{g.name} = log_gate({g.name}_value)")
+    return wanted
 
 
 def _gradient_buffer(o: Operand) -> str:

@@ -15,6 +15,13 @@ RANKS = {"|": 1, "^": 2, "&": 3, "<": 0, "<=": 0, "==": 0, ">": 0, ">=": 0, ">>"
          "*": 6, "//": 6, "%": 6}  # fmt: skip
 
 
+# What a loop may run over, by its number of steps.
+OVER = {
+    "count": "tiles",
+    "LEVELS": "levels",
+    "tl.cdiv(I, BI)": "blocks of side i",
+    "tl.cdiv(J, BJ)": "blocks of side j",
+}
 CONSTANTS = ("H", "I", "J", "D", "C", "LEVELS", "BI", "BJ", "BD", "DOT", "PRECISION", "SPLIT")
 
 
@@ -42,7 +49,11 @@ class Expr:
         return f"{self.op}({', '.join(inner)})"
 
     def _infix(self, op: str, other: Value) -> Expr:
-        return Expr(op, (self, lift(other)))
+        """Sums and products associate to the left, as their text reads."""
+        right = lift(other)
+        if op == right.op and op in "+*&" and len(right.args) == 2:
+            return Expr(op, (self._infix(op, right.args[0]), right.args[1]))
+        return Expr(op, (self, right))
 
     def __add__(self, other: Value) -> Expr:
         return self._infix("+", other)
@@ -172,7 +183,7 @@ class Kernel:
     doc: str
     arguments: tuple[str, ...]
     body: tuple[Statement, ...]
-    warps: int = 4
+    warps: int = field(default=4, compare=False)  # of a launch, not of the text
 
     @property
     def constants(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from chunkc.backends.triton.kernel import Builder, Expr, Kernel, call, dot, exp,
 from chunkc.backends.writer import Lines
 
 SIDES: tuple[Side, Side] = ("i", "j")
+LOG_ZERO = "-10000.0"  # the least logarithm of a gate, as in the runtime
 SIZE = {"i": "I", "j": "J"}
 
 
@@ -45,7 +46,12 @@ def _operand(b: Builder, o: Operand | str, side: Side, thin: bool, notes: dict[s
 
 def _gate(b: Builder, form: ScanForm, side: Side, notes: dict[str, str]) -> Expr | None:
     g = form.gate(side)
-    return None if g is None else _operand(b, g, side, g.thin, notes)
+    if g is None:
+        return None
+    gate = _operand(b, g, side, g.thin, notes)
+    if g.raw:  # its logarithm is taken outside, and finite
+        return gate
+    return b.let(g.name, call("tl.maximum", Expr(g.name), LOG_ZERO), "finite, so that sums are")
 
 
 def _sums(mask: Expr, gate: Expr, thin: bool) -> Expr:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from chunkc.backends.scan import ScanForm, Side
+from chunkc.backends.scan import Operand, ScanForm
 from chunkc.backends.triton.kernel import Builder, Expr, Kernel, call, exp, where
 from chunkc.backends.writer import Lines
+from chunkc.ir import nodes as N
 
 
 def vector_kernel(reverse: bool, tropical: bool) -> Kernel:
@@ -23,7 +24,7 @@ def vector_kernel(reverse: bool, tropical: bool) -> Kernel:
         tile = b.let("tile", first + count - 1 - step if reverse else first + step)
         start = b.load("start", Expr("tile_start_ptr") + tile, None)
         stop = b.load("stop", Expr("tile_stop_ptr") + tile, None)
-        token = b.let("token", start + (Expr("C") - 1 - row) if reverse else start + row)
+        token = b.let("token", start + "C" - 1 - row if reverse else start + row)
         b.let("mask", (token < stop).rows & has.cols)
         cell = b.let("cell", token.rows * "D" + col.cols)
         idle = ("0.0", 'float("-inf")') if tropical else ("1.0", "0.0")
@@ -63,15 +64,14 @@ def step_kernel(form: ScanForm, lines: Lines) -> Kernel:
     col_i = b.let("col_i", call("tl.arange", 0, "BI"))
     has_i = b.let("has_i", col_i < "I")
 
-    def operand(name: str, side: Side, thin: bool) -> Expr:
-        if thin:
-            return b.load(name, Expr(f"{name}_ptr") + base, None)
-        cols, has, size = (col_i, has_i, "I") if side == "i" else (Expr("col_j"), Expr("has_j"), "J")
-        return b.load(name, Expr(f"{name}_ptr") + base * size + cols, has)
+    def operand(o: Operand) -> None:
+        cols, has, size = (col_i, has_i, "I") if o.side == "i" else (Expr("col_j"), Expr("has_j"), "J")
+        offset = base if o.thin else base * size + cols
+        b.load(o.name, Expr(f"{o.name}_ptr") + offset, None if o.thin else has)
 
     for o in form.operands():
         if o.side == "i":
-            operand(o.name, "i", o.thin)
+            operand(o)
     for q in form.queries:
         if q.side == "j":
             b.let(f"out_{q.name}", call("tl.zeros", "(BI,)", "tl.float32"))
@@ -80,23 +80,16 @@ def step_kernel(form: ScanForm, lines: Lines) -> Kernel:
         has_j = b.let("has_j", col_j < "J")
         for o in form.operands():
             if o.side == "j":
-                operand(o.name, "j", o.thin)
+                operand(o)
         cell = b.let("cell", base * (Expr("I") * "J") + col_i.rows * "J" + col_j.cols)
         has = b.let("has", has_i.rows & has_j.cols)
-        state = b.load("state", Expr("state_ptr") + cell, has)
-        for q in form.queries:
-            x = Expr(q.name)
+        b.load("state", Expr("state_ptr") + cell, has)
+        *reads, new = _step_values(form)
+        for q, read in zip(form.queries, reads):
             if q.side == "i":
-                read = call("tl.sum", x.rows * state, 0)
-                b.store(Expr(f"out_{q.name}_ptr") + base * "J" + col_j, read, has_j)
+                b.store(Expr(f"out_{q.name}_ptr") + base * "J" + col_j, call("tl.sum", read, 0), has_j)
             else:
-                b.add(Expr(f"out_{q.name}"), call("tl.sum", x.cols * state, 1))
-        new = state
-        for g in form.gates:
-            factor = Expr(g.name) if g.raw else exp(Expr(g.name))
-            new = new * (factor if g.thin else factor.rows if g.side == "i" else factor.cols)
-        for p in form.write_pairs():
-            new = new + Expr(p.i).rows * Expr(p.j).cols
+                b.add(Expr(f"out_{q.name}"), call("tl.sum", read, 1))
         b.store(Expr("next_ptr") + cell, b.let("new", new, lines.place(form.scan.span)), has)
     for q in form.queries:
         if q.side == "j":
@@ -104,3 +97,28 @@ def step_kernel(form: ScanForm, lines: Lines) -> Kernel:
     names = [*(f"{o.name}_ptr" for o in form.operands()), *(f"out_{q.name}_ptr" for q in form.queries)]
     return Kernel(f"{form.name}_token", f"One token of {form.scan.name}.", (*names, "state_ptr", "next_ptr"),
                   tuple(b.body))  # fmt: skip
+
+
+def _step_values(form: ScanForm) -> list[Expr]:
+    """From the scan's step as a graph: what each read sums over its side, and the state after the token."""
+    step = form.scan.step
+    assert step is not None, "the scan has no step"
+    # A value is a number, a vector over side i (a column where it meets the state) or j (a row), or like the state.
+    found: dict[str, tuple[Expr, str]] = {}
+    for node, o in zip(step.of_kind(N.Input), form.operands()):
+        found[node.id] = (Expr(o.name), "" if o.thin else o.side)
+    found[step.of_kind(N.Input)[-1].id] = (Expr("state"), "ij")
+
+    def laid(id_: str, alone: bool) -> Expr:
+        value, side = found[id_]
+        return value if alone or side in ("", "ij") else value.rows if side == "i" else value.cols
+
+    for node in step.nodes:
+        if isinstance(node, N.Map):
+            sides = {found[a][1] for a in node.args}
+            args = [laid(a, len(sides) == 1) for a in node.args]
+            value = exp(args[0]) if node.fn == "exp" else Expr(node.fn, tuple(args))
+            found[node.id] = (value, sides.pop() if len(sides) == 1 else "ij")
+        elif isinstance(node, N.Reduce):
+            found[node.id] = found[node.arg]
+    return [found[id_][0] for _, id_ in step.outputs]

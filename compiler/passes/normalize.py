@@ -235,6 +235,8 @@ class _Recurrence:
                 part = self.contract(arg, node)
                 terms.append(self.lift.map("*", part, self.algebra.build(outside), span=node.span)
                              if outside != {(): 1.0} else part)  # fmt: skip
+        if not terms:  # everything cancels
+            return Form()
         out = terms[0]
         for t in terms[1:]:
             out = self.lift.map("+", out, t, span=node.span)

@@ -1,0 +1,143 @@
+"""The reference interpreter of kernels: runs a launch program by program, in plain PyTorch and any floating-point type.
+
+Memory is flat tensors by pointer name. A load or store outside of a tensor is an error unless its mask hides it, so
+masks are tested too. Operand types and precisions, which a launch chooses, are left out: everything is in the type of
+memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunkc.backends.triton.kernel import Expr, Kernel, Let, Loop, Statement, Store
+from chunkc.backends.triton.text import parse_expr
+
+INFIX: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod,
+    ">>": operator.rshift, "<<": operator.lshift, "&": operator.and_, "|": operator.or_, "^": operator.xor,
+    "<": operator.lt, "<=": operator.le, "==": operator.eq, ">": operator.gt, ">=": operator.ge,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Offsets into a flat tensor."""
+
+    memory: Tensor
+    offset: Any = 0
+
+    def __add__(self, by: Any) -> Pointer:
+        return Pointer(self.memory, self.offset + by)
+
+    def at(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The offsets, 0 where the mask hides them, and the mask.
+
+        Raises:
+            IndexError: an offset that the mask does not hide is outside of the tensor.
+        """
+        offset = torch.as_tensor(self.offset)
+        seen = torch.ones_like(offset, dtype=torch.bool) if mask is None else mask.broadcast_to(offset.shape)
+        beyond = seen & ((offset < 0) | (offset >= self.memory.numel()))
+        if bool(beyond.any()):
+            raise IndexError(f"offset {int(offset[beyond].flatten()[0])} of {self.memory.numel()} elements")
+        return torch.where(seen, offset, torch.zeros_like(offset)), seen
+
+
+@dataclass
+class Launch:
+    """A launch: the kernel, programs along each axis of the grid, memory by pointer name, constants by name."""
+
+    kernel: Kernel
+    grid: tuple[int, ...]
+    memory: Mapping[str, Tensor]
+    constants: Mapping[str, int]
+    dtype: torch.dtype = torch.float64
+    program: tuple[int, ...] = ()
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Run all programs, one after the other; stores go to memory."""
+        for program in itertools.product(*(range(n) for n in self.grid)):
+            self.program = program
+            self.values = {name: Pointer(self.memory[name]) for name in self.kernel.arguments}
+            self.values |= self.constants
+            self.body(self.kernel.body)
+
+    def body(self, body: tuple[Statement, ...]) -> None:
+        for s in body:
+            if isinstance(s, Let):
+                value = self.value(s.value)
+                self.values[s.name] = self.values[s.name] + value if s.add else value
+            elif isinstance(s, Loop):
+                for step in range(int(self.value(s.stop))):
+                    self.values[s.name] = step
+                    self.body(s.body)
+            elif isinstance(s, Store):
+                pointer: Pointer = self.value(s.pointer)
+                offset, seen = pointer.at(None if s.mask is None else self.value(s.mask))
+                value = torch.as_tensor(self.value(s.value), dtype=pointer.memory.dtype)
+                pointer.memory[offset[seen]] = value.broadcast_to(offset.shape)[seen]
+
+    def value(self, e: Expr) -> Any:
+        if not e.args and not e.keywords:
+            return self.name(e.op)
+        if e.op == "tl.zeros":
+            return torch.zeros(self.shape(e.args[0]), dtype=self.dtype)
+        if e.op == "tl.broadcast_to":
+            return self.value(e.args[0]).broadcast_to(self.shape(e.args[1]))
+        if e.op == ".to":
+            return self.value(e.args[0])
+        if e.op == "tl.load":
+            return self.load(e)
+        args = [self.value(a) for a in e.args]
+        if e.op == "index":
+            return args[0][:, None] if e.keywords[0][1] == ":, None" else args[0][None, :]
+        if e.op in INFIX:
+            return INFIX[e.op](*args)
+        return self.call(e, args)
+
+    def name(self, op: str) -> Any:
+        if op in self.values:
+            return self.values[op]
+        if op == 'float("-inf")':
+            return float("-inf")
+        return float(op) if "." in op and not op.startswith("tl.") else int(op) if op.isdigit() else op
+
+    def shape(self, e: Expr) -> list[int]:
+        return [int(self.name(x.strip())) for x in e.op.strip("()").split(",") if x.strip()]
+
+    def load(self, e: Expr) -> Tensor:
+        keywords = {k: self.value(parse_expr(text)) for k, text in e.keywords}
+        pointer: Pointer = self.value(e.args[0])
+        offset, seen = pointer.at(keywords.get("mask"))
+        found = pointer.memory[offset] if pointer.memory.numel() else pointer.memory.new_zeros(offset.shape)
+        return torch.where(seen, found, torch.as_tensor(keywords.get("other", 0), dtype=found.dtype))
+
+    def call(self, e: Expr, args: list[Any]) -> Any:
+        if e.op == "tl.program_id":
+            return torch.tensor(self.program[args[0]])
+        if e.op == "tl.arange":
+            return torch.arange(args[0], args[1])
+        if e.op == "tl.cdiv":
+            return -(-args[0] // args[1])
+        if e.op == "tl.sum":
+            keep = dict(e.keywords).get("keep_dims") == "True"
+            return args[0].sum(args[1], keepdim=keep)
+        if e.op in ("tl.where", "tl.maximum"):
+            args = [a if isinstance(a, Tensor) else torch.tensor(a, dtype=self.dtype) for a in args]
+            if e.op == "tl.where":
+                return torch.where(args[0], args[1], args[2])
+            return torch.maximum(args[0], args[1].to(args[0].dtype))
+        if e.op == "tl.gather":
+            return torch.gather(args[0], args[2], args[1])
+        if e.op == "masked_sum":
+            return args[0].to(self.dtype) @ args[1]
+        functions: dict[str, Callable[..., Any]] = {"tl.exp": torch.exp, "tl.trans": torch.t, "tl.dot": torch.matmul}
+        return functions[e.op](*args)

@@ -1,0 +1,71 @@
+"""The rule table: for each kind of node at the normal level, how it is differentiated, cut into tiles, and streamed.
+
+A rule either derives a graph, or names a convention that holds of the emitted code. What a node means, what must hold
+of it and how it prints are further rules that every kind has: in `compiler/interp.py`, `ir/verify.py`, `ir/text.py`.
+`tests/test_rules.py` demands a row for each kind in use, and compares each rule with the interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from chunkc.ir import nodes as N
+from chunkc.ir.graph import Graph
+from chunkc.passes.chunk import Chunk
+from chunkc.passes.differentiate import vjp
+from chunkc.passes.stream import step
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule by name, what it says, and what it derives from a scan, by the name of the scan's field."""
+
+    name: str
+    says: str
+    derive: Callable[[Graph, N.Scan], dict[str, Graph]] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """The rules of one kind."""
+
+    vjp: Rule
+    chunk: Rule
+    stream: Rule
+
+
+AUTOGRAD = Rule("autograd", "it is emitted as statements that torch.autograd differentiates")
+CONSTANT = Rule("constant", "no gradient goes through it")
+LEAF = Rule("leaf", "it receives the gradient")
+ADJOINT = Rule("adjoint", "the reversed scan, and the scan with other queries",
+               lambda graph, scan: {"backward": vjp(graph, scan)})  # fmt: skip
+
+WHOLE = Rule("whole", "all tokens at once, in memory in proportion to them")
+TOKENS = Rule("tokens", "a token at a time, for the reason that it carries")
+TILES = Rule("tiles", "in tiles, forward and backward", Chunk().derive)
+
+SAME = Rule("same", "the same statement on one token; along the sequence itself it looks ahead, and there is no step")
+HISTORY = Rule("history", "the state keeps the last tokens that it reads")
+POSITION = Rule("position", "the state keeps how many tokens there were")
+BODY = Rule("body", "its body once; the state keeps what it carries")
+STEP = Rule("step", "the reads, then the update", lambda graph, scan: {"step": step(graph, scan)})
+
+TABLE: dict[type[N.Node], Row] = {
+    N.Input: Row(LEAF, WHOLE, SAME),
+    N.Param: Row(LEAF, WHOLE, SAME),
+    N.Const: Row(CONSTANT, WHOLE, SAME),
+    N.Coord: Row(CONSTANT, WHOLE, POSITION),
+    N.Map: Row(AUTOGRAD, WHOLE, SAME),
+    N.Reduce: Row(AUTOGRAD, WHOLE, SAME),
+    N.Normalize: Row(AUTOGRAD, WHOLE, SAME),
+    N.Expand: Row(AUTOGRAD, WHOLE, SAME),
+    N.Rename: Row(AUTOGRAD, WHOLE, SAME),
+    N.Shift: Row(AUTOGRAD, WHOLE, HISTORY),
+    N.Slice: Row(AUTOGRAD, WHOLE, SAME),
+    N.Linear: Row(AUTOGRAD, WHOLE, SAME),
+    N.Conv: Row(AUTOGRAD, WHOLE, HISTORY),
+    N.Recur: Row(AUTOGRAD, TOKENS, BODY),
+    N.Scan: Row(ADJOINT, TILES, STEP),
+    N.Out: Row(AUTOGRAD, WHOLE, SAME),
+}

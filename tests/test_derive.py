@@ -1,0 +1,123 @@
+"""Graphs that passes derive from scans, run by the interpreter against the scan a token at a time and autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from derived import ALL, IDS, TOKENS, Scan, close, outputs, scans
+from torch import Tensor
+
+from chunkc.ir import nodes as N
+from chunkc.ir import tiles as T
+from chunkc.ir.graph import Graph
+from chunkc.passes.chunk import Chunk
+from chunkc.passes.fuse import derive
+
+each_scan = pytest.mark.parametrize("name, index", ALL, ids=IDS)
+
+
+def over_axes(graph: Graph, scan: Scan) -> Graph:
+    """A derived graph with the small sizes of the test."""
+    own = {a.name: a for a in scan.axes()}
+    nodes = tuple(n.evolve(body=over_axes(n.body, scan)) if isinstance(n, T.Kernel) else n for n in graph.nodes)
+    return graph.evolve(nodes=nodes, axes=tuple(own.get(a.name, a) for a in graph.axes))
+
+
+def reference(scan: Scan, tokens: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Operands, the results' gradients, and the operands' gradients by autograd through the loop over tokens."""
+    values = scan.draw(tokens)
+    results = outputs(scan.alone(), values, tokens)
+    grads = {f"d_{n}": torch.randn(x.shape).double() for n, x in results.items()}
+    total = torch.stack([(x * grads[f"d_{n}"]).sum() for n, x in results.items()]).sum()
+    total.backward()  # type: ignore[no-untyped-call]
+    wanted = {f"d_{n}": torch.zeros_like(x) if x.grad is None else x.grad for n, x in values.items()}
+    return {n: x.detach() for n, x in values.items()}, grads, wanted
+
+
+@each_scan
+@pytest.mark.parametrize("tokens", [TOKENS, 1, 0])
+def test_gradients_are_those_of_autograd(name: str, index: int, tokens: int) -> None:
+    scan = scans(name)[index]
+    assert scan.node.backward is not None
+    values, grads, wanted = reference(scan, tokens)
+    found = outputs(over_axes(scan.node.backward, scan), {**values, **grads}, tokens)
+    assert list(found) == list(wanted)
+    wrong = [n for n in wanted if not close(found[n], wanted[n])]
+    assert not wrong, wrong
+
+
+def test_a_gradient_reads_what_the_derivation_says() -> None:
+    """The adjoint is the reversed scan; its writes are queries and their results' gradients."""
+    (scan,) = scans("both_sides")
+    backward = scan.node.backward
+    assert backward is not None
+    forward, adjoint = backward.of_kind(N.Scan)
+    assert adjoint.reverse and adjoint.initial == "d_last" and not forward.reverse
+    pairs = {(w.i, w.j) for w in adjoint.writes}
+    first, second = (q.arg for q in scan.node.queries)
+    names = dict(zip((s.arg for s in scan.slots), scan.names))
+    assert pairs == {(f"d_out_{names[first]}", names[first]), (names[second], f"d_out_{names[second]}")}
+    assert {q.arg for q in forward.queries} == {f"d_out_{names[first]}", f"d_out_{names[second]}"}
+    assert backward.of_kind(N.GateGradient)
+
+
+@each_scan
+@pytest.mark.parametrize("tile, tokens", [(8, TOKENS), (4, 8), (64, 1), (4, 0)])
+def test_the_chunk_form_is_the_scan(name: str, index: int, tile: int, tokens: int) -> None:
+    """Forward and backward over tiles, in float64, against the loop over tokens and autograd."""
+    scan = scans(name)[index]
+    derived = Chunk(tile=tile).derive(scan.graph, scan.node)
+    values, grads, wanted = reference(scan, tokens)
+    found = outputs(over_axes(derived["tiles"], scan), values, tokens)
+    results = outputs(scan.alone(), values, tokens)
+    wrong = [n for n in results if not close(found[n], results[n])]
+    assert not wrong, wrong
+    given = {**values, **grads, "states": found["states"]}
+    found = outputs(over_axes(derived["tiles_backward"], scan), given, tokens)
+    assert list(found) == list(wanted)
+    wrong = [n for n in wanted if not close(found[n], wanted[n])]
+    assert not wrong, wrong
+
+
+@each_scan
+def test_steps_are_the_scan(name: str, index: int) -> None:
+    """Token by token from the initial state, the results and the last state are those of the scan."""
+    scan = scans(name)[index]
+    assert scan.node.step is not None
+    values = {n: x.detach() for n, x in scan.draw(TOKENS).items()}
+    wanted = outputs(scan.alone(), values, TOKENS)
+    state, step = values["initial"], over_axes(scan.node.step, scan)
+    rows: dict[str, list[Tensor]] = {n: [] for n in wanted if n != "last"}
+    for t in range(TOKENS):
+        token = {s.name: values[s.name][t] for s in scan.slots}
+        found = outputs(step, {**token, "state": state}, 1)
+        state = found["last"]
+        for n, row in rows.items():
+            row.append(found[n])
+    assert close(state, wanted["last"])
+    wrong = [n for n, row in rows.items() if not close(torch.stack(row), wanted[n])]
+    assert not wrong, wrong
+
+
+@each_scan
+def test_kernels_are_the_scan(name: str, index: int) -> None:
+    """Kernel by kernel, each from what it reads alone: forward, backward and one token."""
+    scan = scans(name)[index]
+    if not (scan.node.i or scan.node.j):
+        assert scan.node.kernels is None
+        return
+    derived = Chunk(tile=8).derive(scan.graph, scan.node)
+    fused = derive(scan.graph, scan.node.evolve(**derived))
+    values, grads, wanted = reference(scan, TOKENS)
+    found = outputs(over_axes(fused["kernels"], scan), values, TOKENS)
+    results = outputs(scan.alone(), values, TOKENS)
+    assert not [n for n in results if not close(found[n], results[n])]
+    given = {**values, **grads, "states": found["states"]}
+    found = outputs(over_axes(fused["kernels_backward"], scan), given, TOKENS)
+    wrong = [n for n in wanted if not close(found[n], wanted[n])]
+    assert list(found) == list(wanted) and not wrong, wrong
+    token = {s.name: values[s.name][0] for s in scan.slots} | {"state": values["initial"]}
+    found = outputs(over_axes(fused["kernel_step"], scan), token, 1)
+    assert scan.node.step is not None
+    once = outputs(over_axes(scan.node.step, scan), token, 1)
+    assert list(found) == list(once) and not [n for n in once if not close(found[n], once[n])]

@@ -1,0 +1,362 @@
+"""The level `tiled`: kernels as text that reads back, their rules, and their meaning in float64, program by program."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from derived import Scan as Derived
+from derived import close, outputs
+from derived import scans as derived_scans
+from test_structure import CHUNKED, KERNELS, PASSED, VECTOR, at, scans
+from torch import Tensor
+
+from chunkc.backends.scan import ScanForm
+from chunkc.backends.triton.emit import launches
+from chunkc.backends.triton.kernel import Kernel, Let, Loop, Statement, Store
+from chunkc.backends.triton.text import parse_expr, parse_kernels
+from chunkc.backends.triton.verify import KernelError, verify_kernel
+from chunkc.backends.writer import Writer
+from chunkc.interp_kernels import Launch
+from chunkc.ir import nodes as N
+from chunkc.ir import tiles as T
+from chunkc.passes.regions import result_names, state_axes
+
+each_kernel = pytest.mark.parametrize("name, index, role", KERNELS, ids=[f"{n}-{i}-{r}" for n, i, r in KERNELS])
+
+
+def text_of(kernel: Kernel) -> str:
+    w = Writer()
+    kernel.print(w)
+    return w.text()
+
+
+@each_kernel
+def test_text_reads_back(name: str, index: int, role: str) -> None:
+    _, kernel = at(name, index, role)
+    assert parse_kernels(text_of(kernel)) == {kernel.name: kernel}
+
+
+@pytest.mark.parametrize("name", VECTOR)
+def test_text_of_elementwise_scans_reads_back(name: str) -> None:
+    assert parse_kernels(text_of(VECTOR[name])) == {name: VECTOR[name]}
+
+
+@each_kernel
+def test_rules_hold(name: str, index: int, role: str) -> None:
+    _, kernel = at(name, index, role)
+    verify_kernel(kernel)
+
+
+@pytest.mark.parametrize("name", VECTOR)
+def test_rules_hold_of_elementwise_scans(name: str) -> None:
+    verify_kernel(VECTOR[name])
+
+
+# -- rules, each broken once -------------------------------------------------------------------------------------------
+
+
+def kernel_of(role: str, name: str = "gated") -> Kernel:
+    return at(name, 0, role)[1]
+
+
+def mapped(kernel: Kernel, change: Callable[[Statement], Statement | None]) -> Kernel:
+    """The kernel with each statement changed, or left out."""
+
+    def walk(body: tuple[Statement, ...]) -> tuple[Statement, ...]:
+        inner = (replace(s, body=walk(s.body)) if isinstance(s, Loop) else s for s in body)
+        return tuple(x for x in (change(s) for s in inner) if x is not None)
+
+    return replace(kernel, body=walk(kernel.body))
+
+
+def refused(kernel: Kernel, what: str) -> None:
+    with pytest.raises(KernelError, match=re.escape(what)):
+        verify_kernel(kernel)
+
+
+def without(name: str) -> Callable[[Statement], Statement | None]:
+    return lambda s: None if isinstance(s, Let) and s.name == name else s
+
+
+def test_rejects_names() -> None:
+    kernel = kernel_of("read_j")
+    refused(mapped(kernel, without("has_i")), "'has_i' is not defined")
+    start = lambda s: None if isinstance(s, Let) and s.name == "out_query" and not s.add else s
+    refused(mapped(kernel, start), "'out_query' is added to before it is defined")
+    refused(replace(kernel, arguments=("g", *kernel.arguments)), "argument 'g' is no pointer")
+    refused(replace(kernel, arguments=kernel.arguments[1:]), f"'{kernel.arguments[0]}' is not defined")
+    loop = Loop("part", parse_expr("tl.cdiv(I, BI)"), "blocks of side i", (Let("inside", parse_expr("C")),))
+    refused(replace(kernel, body=(loop, Let("x", parse_expr("inside")))), "'inside' is not defined")
+
+
+def test_rejects_stores_and_loads_without_masks() -> None:
+    kernel = kernel_of("read_j")
+    refused(mapped(kernel, lambda s: replace(s, mask=None) if isinstance(s, Store) else s), "no mask bounds col_j, row")
+    tokens = parse_expr("inside[:, None]")
+    refused(mapped(kernel, lambda s: replace(s, mask=tokens) if isinstance(s, Store) else s), "no mask bounds col_j")
+
+    other = lambda s: replace(s, value=parse_expr("col_i < J")) if isinstance(s, Let) and s.name == "has_i" else s
+    refused(mapped(kernel, other), "no mask bounds col_i")
+
+    def unmasked(s: Statement) -> Statement:
+        if isinstance(s, Let) and s.name == "k":
+            return replace(s, value=replace(s.value, keywords=(("mask", "has_i[None, :]"), ("other", "0.0"))))
+        return s
+
+    refused(mapped(kernel, unmasked), "no mask bounds row")
+
+
+def test_rejects_shapes() -> None:
+    kernel = kernel_of("read_j")
+
+    def put(text: str) -> Kernel:
+        return mapped(kernel, lambda s: replace(s, value=parse_expr(text)) if getattr(s, "add", False) else s)
+
+    refused(put("tl.dot(query, states[:, :, None])"), "[:, :, None] of a value")
+    refused(put("tl.dot(states, states)"), "not (BI)")
+    refused(put("tl.dot(row, states)"), "tl.dot of what is no matrix")
+    refused(put("tl.sum(query, 2)"), "a sum over axis 2")
+    refused(put("query"), "meets")
+    refused(put("tl.load(col_j)"), "it is no pointer")
+    refused(put("tl.load((query_ptr + row) * I)"), "an offset is added to a pointer")
+    refused(put("tl.sort(query)"), "'tl.sort' is no function of kernels")
+
+
+def test_rejects_loops_over_tokens() -> None:
+    kernel = kernel_of("states")
+    tokens = lambda s: replace(s, over="tokens") if isinstance(s, Loop) else s
+    refused(mapped(kernel, tokens), "it runs over tokens")
+    stop = lambda s: replace(s, stop=parse_expr("stop - start")) if isinstance(s, Loop) else s
+    refused(mapped(kernel, stop), "it runs over tiles")
+    with pytest.raises(ValueError, match="a loop over stop - start"):
+        parse_kernels(text_of(mapped(kernel, stop)))
+
+
+@pytest.mark.parametrize("line", ["while True: pass", "x: int = 1", "x, y = 1, 2", "x = [1]", "tl.store(x)", "x -= 1"])
+def test_text_of_no_kernel(line: str) -> None:
+    with pytest.raises((ValueError, IndexError)):
+        parse_kernels(f'@triton.jit\ndef f(x_ptr):\n    """F."""\n    {line}\n')
+
+
+# -- meaning -----------------------------------------------------------------------------------------------------------
+
+LENGTHS = (21, 0, 1, 8)
+C = 8
+
+
+@dataclass
+class Batch:
+    """Sequences laid end to end in tiles, as the table that kernels read."""
+
+    lengths: tuple[int, ...]
+
+    def table(self) -> dict[str, Tensor]:
+        start, stop, first, count, token = [], [], [], [], 0
+        for length in self.lengths:
+            first.append(len(start))
+            count.append(-(-length // C))
+            start += list(range(token, token + length, C))
+            stop += [token + length] * count[-1]
+            token += length
+        named = {"tile_start": start, "tile_stop": stop, "first_tile": first, "tile_count": count}
+        return {f"{n}_ptr": torch.tensor(x, dtype=torch.int64) for n, x in named.items()}
+
+
+class Launches:
+    """Runs the launches of one direction: memory by name, in the layout of emitted code [tokens, H, D]."""
+
+    def __init__(self, scan: Any, batch: Batch, sizes: dict[str, int]) -> None:
+        self.scan, self.batch, self.sizes = scan, batch, sizes
+        self.table = batch.table()
+        self.memory: dict[str, Tensor] = {}
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=torch.float64)  # what nobody writes shows
+
+    def run(self, launch: T.Kernel, block: int) -> None:
+        kernel = self.scan.kernels[launch.role]
+        passed = {v: k for k, v in PASSED.get(launch.role, {}).items()}
+        memory = {f"{passed.get(n, n)}_ptr": x.view(-1) for n, x in self.memory.items()} | self.table
+        constants = {**self.sizes, "C": C, "LEVELS": C.bit_length() - 1, "BI": block, "BJ": block}
+        rows = self.table["tile_start_ptr"].numel() if launch.rows == "tiles" else len(self.batch.lengths)
+        blocks = [-(-self.sizes[s.upper()] // block) for s in launch.blocks]
+        grid = (rows, math.prod(blocks), self.sizes["H"]) if blocks else (rows, self.sizes["H"])
+        if launch.role == "token":
+            constants |= {"BI": 32}
+        Launch(kernel, grid, memory, constants).run()
+
+
+def drawn(scan: Any, given: Derived, tokens: int) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Operands [tokens, H, D] by name and the sizes, from the operands that the tests of derived graphs draw."""
+    values = given.draw(tokens)
+    node = scan.form.scan
+    heads = math.prod(given.shape(node.batch, tokens))
+    sizes = {"H": heads, "I": math.prod(given.shape(node.i, 1)), "J": math.prod(given.shape(node.j, 1))}
+    operands = zip(scan.form.operands(), given.slots)
+    return {o.name: values[s.name].detach().reshape(tokens, heads, -1) for o, s in operands}, sizes
+
+
+def logs(form: ScanForm, values: dict[str, Tensor], least: float) -> dict[str, Tensor]:
+    """The operands as kernels take them: gates as logarithms."""
+    raw = {g.name for g in form.gates if g.raw}
+    return {n: x.clamp(min=1e-300).log().clamp(min=least) if n in raw else x for n, x in values.items()}
+
+
+def forward(run: Launches, values: dict[str, Tensor], initial: Tensor, block: int) -> None:
+    form, tokens = run.scan.form, sum(run.batch.lengths)
+    h, i, j = (run.sizes[s] for s in "HIJ")
+    run.memory = {**logs(form, values, -1e4), "initial": initial}
+    run.memory |= {"states": run.empty(run.table["tile_start_ptr"].numel(), h, i, j), "last": torch.empty_like(initial)}
+    for q, out in zip(form.queries, form.results()):
+        run.memory[out] = run.empty(tokens, h, j if q.side == "i" else i)
+    for launch in launches(form)[0]:
+        run.run(launch, block)
+
+
+def backward(run: Launches, values: dict[str, Tensor], grads: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+    form, tokens = run.scan.form, sum(run.batch.lengths)
+    states, d_last = run.memory["states"], grads["d_last"]
+    run.memory = {**logs(form, values, -1e4), **grads, "states": states}
+    run.memory |= {"ends": torch.empty_like(states), "d_initial": torch.empty_like(d_last)}
+    for o in form.operands():
+        parts = -(-run.sizes[o.side.upper()] // block)
+        run.memory[f"d_{o.name}"] = run.empty(tokens, run.sizes["H"], parts if o.thin else values[o.name].shape[-1])
+    first, *rest = launches(form)[1]
+    own = {"initial": d_last, "last": run.memory["d_initial"], "states": run.memory["ends"]}
+    kept, run.memory = (
+        run.memory,
+        {**{n: x for n, x in run.memory.items() if n not in (*PASSED["ends"].values(),)}, **own},
+    )
+    run.run(first, block)
+    run.memory = kept
+    for launch in rest:
+        if any(tile.log == "small" for tile in launch.body.of_kind(T.Tile)):
+            run.memory |= logs(form, values, -40 * math.log(2))
+        run.run(launch, block)
+    found = {n: x for n, x in run.memory.items() if n.startswith("d_") and n not in grads}
+    for g in form.gates:
+        found[f"d_{g.name}"] = found[f"d_{g.name}"].sum(-1, keepdim=True) if g.thin else found[f"d_{g.name}"]
+        if g.raw:
+            found[f"d_{g.name}"] = found[f"d_{g.name}"] / values[g.name].clamp(min=2.0**-40)
+    return found
+
+
+def wanted(given: Derived, node: N.Scan, pieces: list[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> Any:
+    """For each sequence the results, and by autograd the gradients, of the interpreter's loop over tokens."""
+    for values, grads in pieces:
+        tokens = next(iter(values.values())).shape[0]
+        results = outputs(given.alone(), values, tokens)
+        total = sum((x * grads[f"d_{n}"].reshape(x.shape)).sum() for n, x in results.items())
+        total.backward()  # type: ignore[union-attr]
+        yield results, {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in values.items()}
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("block", [4, 16])
+def test_kernels_mean_the_scan(name: str, block: int) -> None:
+    """Ragged and empty sequences, tiles of 8 tokens, sides in blocks: forward and gradients in float64."""
+    for index, scan in enumerate(scans(name)):
+        given = [s for s in derived_scans(name) if s.node.i or s.node.j][index]
+        form, total = scan.form, sum(LENGTHS)
+        values, sizes = drawn(scan, given, total)
+        torch.manual_seed(1)
+        initial = torch.randn(len(LENGTHS), sizes["H"], sizes["I"], sizes["J"], dtype=torch.float64)
+        run = Launches(scan, Batch(LENGTHS), sizes)
+        forward(run, values, initial, block)
+        have = {n: run.memory[n] for n in (*form.results(), "last")}
+        grads = {f"d_{n}": torch.randn(x.shape, dtype=torch.float64) for n, x in have.items()}
+        have_grads = backward(run, values, grads, block)
+        check(scan, given, values, initial, grads, have, have_grads)
+
+
+def check(scan: Any, given: Derived, values: dict[str, Tensor], initial: Tensor, grads: dict[str, Tensor],
+          have: dict[str, Tensor], have_grads: dict[str, Tensor]) -> None:  # fmt: skip
+    names = dict(zip((o.name for o in scan.form.operands()), given.slots))
+    results = dict(zip((*scan.form.results(), "last"), result_names(given.node, given.names)))
+    pieces, start = [], 0
+    for k, length in enumerate(LENGTHS):
+        own = slice(start, start + length)
+        shape = {o: given.shape(s.axes[1:], length) for o, s in names.items()}
+        part = {s.name: values[o][own].reshape(length, *shape[o]).requires_grad_() for o, s in names.items()}
+        part["initial"] = initial[k].reshape(given.shape(state_axes(given.node), length)).clone().requires_grad_()
+        pieces.append((part, {f"d_{r}": grads[f"d_{n}"][k if n == "last" else own] for n, r in results.items()}))
+        start += length
+    found = list(wanted(given, given.node, pieces))
+    for n, r in results.items():
+        rows = [x[r].detach().reshape(-1, *have[n].shape[1:]) for x, _ in found]
+        assert close(have[n], torch.cat(rows)), n
+    for o, s in names.items():
+        rows = [g[s.name].reshape(-1, *have_grads[f"d_{o}"].shape[1:]) for _, g in found]
+        assert close(have_grads[f"d_{o}"], torch.cat(rows)), o
+    rows = [g["initial"].reshape(1, *initial.shape[1:]) for _, g in found]
+    assert close(have_grads["d_initial"], torch.cat(rows))
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_one_token_means_the_step(name: str) -> None:
+    for index, scan in enumerate(scans(name)):
+        given = [s for s in derived_scans(name) if s.node.i or s.node.j][index]
+        form, count = scan.form, 3
+        values, sizes = drawn(scan, given, count)  # a token each of three sequences
+        torch.manual_seed(1)
+        state = torch.randn(count, sizes["H"], sizes["I"], sizes["J"], dtype=torch.float64)
+        run = Launches(scan, Batch((1,) * count), sizes)
+        run.memory = {**values, "state": state, "last": torch.empty_like(state)}
+        for q, out in zip(form.queries, form.results()):
+            run.memory[out] = run.empty(count, sizes["H"], sizes["J" if q.side == "i" else "I"])
+        (launch,) = launches(form)[2]
+        run.run(launch, 4)
+        step = given.node.step
+        assert step is not None
+        own = {a.name: a for a in given.axes()}
+        step = step.evolve(axes=tuple(own.get(a.name, a) for a in step.axes))
+        names = dict(zip((*form.results(), "last"), result_names(given.node, given.names)))
+        for k in range(count):
+            token = {s.name: values[o.name][k].reshape(given.shape(s.axes[1:], 1))
+                     for o, s in zip(form.operands(), given.slots)}  # fmt: skip
+            token["state"] = state[k].reshape(given.shape(state_axes(given.node), 1))
+            found = outputs(step, token, 1)
+            for n, r in names.items():
+                assert close(run.memory[n][k], found[r].reshape(run.memory[n][k].shape)), n
+
+
+@pytest.mark.parametrize("name", VECTOR)
+def test_elementwise_kernels_mean_their_recurrence(name: str) -> None:
+    """Channels in blocks of 4, of 6; h before each token, or after it from the last one to the first."""
+    torch.manual_seed(0)
+    total, size = sum(LENGTHS), 6
+    a, b = torch.rand(2, total, size, dtype=torch.float64)
+    initial = torch.randn(len(LENGTHS), size, dtype=torch.float64)
+    out, last = torch.full_like(a, float("nan")), torch.full_like(initial, float("nan"))
+    memory = {n: x.view(-1) for n, x in zip(VECTOR[name].arguments, (a, b, initial, out, last))} | Batch(
+        LENGTHS
+    ).table()
+    Launch(VECTOR[name], (len(LENGTHS), 2), memory, {"D": size, "C": C, "LEVELS": 3, "BD": 4}).run()
+    start = 0
+    for k, length in enumerate(LENGTHS):
+        state, order = initial[k], range(start, start + length)
+        for t in reversed(order) if name == "vector_reverse" else order:
+            assert close(out[t], state)
+            state = torch.maximum(a[t] + state, b[t]) if name == "max_plus" else a[t] * state + b[t]
+        assert close(last[k], state)
+        start += length
+
+
+def test_reads_beyond_memory_are_errors() -> None:
+    """A mask that lets a range run over a side's end."""
+    (scan, *_) = scans("gated")
+    given = derived_scans("gated")[0]
+    values, sizes = drawn(scan, given, sum(LENGTHS))
+    kernels = dict(scan.kernels)
+    wide = lambda s: replace(s, value=parse_expr("col_i < I + 4")) if isinstance(s, Let) and s.name == "has_i" else s
+    kernels["states"] = mapped(kernels["states"], wide)
+    run = Launches(replace(scan, kernels=kernels), Batch(LENGTHS), sizes)
+    initial = torch.zeros(len(LENGTHS), sizes["H"], sizes["I"], sizes["J"], dtype=torch.float64)
+    with pytest.raises(IndexError, match="elements"):
+        forward(run, values, initial, 4)
