@@ -334,7 +334,7 @@ def test_what_may_not_be_used(stack: Path, tmp_path_factory: pytest.TempPathFact
     with pytest.raises(CompileError) as caught:
         check_path(stack)
     assert code in {d.code for d in caught.value.diagnostics}
-    assert len([d for d in caught.value.diagnostics if d.code == code]) == (64 if path == "lost.spec" else 1)
+    assert len([d for d in caught.value.diagnostics if d.code == code]) == (63 if path == "lost.spec" else 1)
 
 
 def test_one_file_by_two_paths_is_one(stack: Path) -> None:
