@@ -245,6 +245,14 @@ def test_steps_along_a_sequence_run_over_all_of_it(step: str, tmp_path: Path) ->
     assert "initial_state" not in signature(module.A).parameters
 
 
+def test_groups_that_do_not_divide_their_axis(tmp_path: Path) -> None:
+    text = "op A(n: int) {\n axes { t: time, d = n, g = 3 groups d }\n input x[t, d]\n output y = sum[d in g](x)\n}\n"
+    module, _, _ = emit(text, tmp_path)
+    assert module.A(torch.zeros(1, 2, 6)).shape == (1, 2, 3)
+    with pytest.raises(ValueError, match="divisible"):
+        module.A(torch.zeros(1, 2, 4))
+
+
 # -- other files -------------------------------------------------------------------------------------------------------
 
 MIX = """fn gate[a](x) = sigmoid(inner[a](x))
