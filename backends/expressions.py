@@ -58,6 +58,11 @@ class Expressions(Layout):
             return self.linear(graph, node), 9
         return self.moved(graph, node), 9
 
+    def number(self, graph: Graph, id_: str) -> bool:
+        """Whether a value is written as a plain number: a constant, or one that a loop's body has from outside."""
+        node = graph[id_]
+        return isinstance(self.graph[node.outer] if isinstance(node, N.Capture) else node, N.Const)
+
     def coordinate(self, node: N.Coord) -> str:
         axis = self.graph.axis[node.axis]
         if self.loop is not None and node.axis == self.loop.axis:
@@ -68,16 +73,21 @@ class Expressions(Layout):
             return f"{self.seq(axis.space)}.positions({self.start(node.axis)})"
         return f"torch.arange({node.axis}, device=device)"
 
+    def dim(self, graph: Graph, id_: str, axis: str) -> int:
+        """The dimension of an axis, from the end: sequences are in front, wherever they stand among the axes."""
+        own = self.own(graph[id_].axes)
+        return own.index(axis) - len(own)
+
     def moved(self, graph: Graph, node: N.AnyNode) -> str:
         """Values at other positions."""
         if isinstance(node, N.Expand):
-            dim = graph[node.arg].axes.index(node.source) - len(graph[node.arg].axes)
+            dim = self.dim(graph, node.arg, node.source)
             return f"{self.hold(graph, node.arg)}.repeat_interleave({node.target} // {node.source}, {dim})"
         if isinstance(node, N.Shift):
             seq = self.seq(self.graph.axis[node.axis].space)
             return f"{seq}.shift({self.text(graph, node.arg)[0]}, {node.by.text()}, {self.history(node)})"
         if isinstance(node, N.Slice):
-            dim = graph[node.arg].axes.index(node.axis) - len(graph[node.arg].axes)
+            dim = self.dim(graph, node.arg, node.axis)
             return f"row_of({self.text(graph, node.arg)[0]}, {dim}, {node.at.text()})"
         if isinstance(node, N.Conv):
             w, b = self.hold(graph, node.weight), self.hold(graph, node.bias) if node.bias else "None"
@@ -93,11 +103,12 @@ class Expressions(Layout):
         home = self.home(graph, node.id)
         if node.fn == "as":
             text, rank = self.aligned(graph, node.args[0], node.axes, home)
-            if isinstance(graph[node.args[0]], N.Const):
+            if self.number(graph, node.args[0]):
                 text, rank = f"torch.tensor({text}, dtype={self.dtype(node)}, device=device)", 9
             return f"{held(text, rank, 9)}.expand{self.shape(node.axes, home)}", 9
         args = [self.aligned(graph, a, node.axes, home) for a in node.args]
-        if (node.fn in INFIX or node.fn in ("neg", "not")) and all(isinstance(graph[a], N.Const) for a in node.args):
+        numbers = all(self.number(graph, a) for a in node.args)
+        if numbers and (node.fn in INFIX or node.fn in ("neg", "not")):
             args[0] = self.tensor(graph, node.args[0], args[0][0], graph[node.args[0]]), 9  # what is around wants one
         if node.fn in INFIX:
             return self.infix(graph, node, args)
@@ -106,17 +117,19 @@ class Expressions(Layout):
         if node.fn == "not":
             return f"~{held(*args[0], 9)}", 8
         if node.fn == "pow":
-            return f"{held(*args[0], 8)} ** {held(*args[1], 8)}", 7
+            base = args[0] if node.dtype == "int" else self.real(graph, node.args[0], args[0])
+            return f"{held(*base, 8)} ** {held(*args[1], 8)}", 7
         if node.fn == "complex":
-            return f"({held(*args[0], 4)} + 1j * {held(*args[1], 6)})", 9
+            real, imaginary = (self.real(graph, i, t) for i, t in zip(node.args, args))
+            return f"({held(*real, 4)} + 1j * {held(*imaginary, 6)})", 9
         if node.fn in ("min", "max"):
             return self.extreme(graph, node, args)
         if node.fn == "where":
-            if isinstance(graph[node.args[0]], N.Const):
+            if self.number(graph, node.args[0]):
                 args[0] = f"torch.tensor(bool({args[0][0]}), device=device)", 9
             values = [self.tensor(graph, i, t[0], node) for i, t in zip(node.args[1:], args[1:])]
             return f"torch.where({args[0][0]}, {values[0]}, {values[1]})", 9
-        if isinstance(graph[node.args[0]], N.Const):
+        if self.number(graph, node.args[0]):
             inner = f"torch.tensor(float({args[0][0]}), dtype=ct, device=device)"
             return CALLS[node.fn].format(inner), 9
         value = args[0][0]
@@ -129,7 +142,7 @@ class Expressions(Layout):
         if node.fn in ("and", "or"):
             sign = "&" if node.fn == "and" else "|"
             return f"({held(*args[0], 9)} {sign} {held(*args[1], 9)})", 9
-        tensors = [k for k, a in enumerate(node.args) if not isinstance(graph[a], N.Const)]
+        tensors = [k for k, a in enumerate(node.args) if not self.number(graph, a)]
         if node.dtype == "float" and tensors and all(graph[node.args[k]].dtype == "int" for k in tensors):
             args[tensors[0]] = f"{held(*args[tensors[0]], 9)}.to(ct)", 9  # beside a number they would become float32
         right = rank + (node.fn not in "+*&|")
@@ -141,16 +154,27 @@ class Expressions(Layout):
 
     def tensor(self, graph: Graph, id_: str, text: str, like: N.AnyNode) -> str:
         """An operand as a tensor of the type of the value that it becomes part of."""
-        if isinstance(graph[id_], N.Const):
+        if self.number(graph, id_):
             return f"torch.tensor({text}, dtype={self.dtype(like)}, device=device)"
         return text if graph[id_].dtype == like.dtype else f"({text}).to({self.dtype(like)})"
 
+    def real(self, graph: Graph, id_: str, text: tuple[str, int]) -> tuple[str, int]:
+        """An operand in the computing type: beside a number of Python, an integer would become float32."""
+        if self.number(graph, id_):
+            return f"torch.tensor({text[0]}, dtype=ct, device=device)", 9
+        return text if graph[id_].dtype != "int" else (f"{held(*text, 9)}.to(ct)", 9)
+
     def extreme(self, graph: Graph, node: N.Map, args: list[tuple[str, int]]) -> tuple[str, int]:
         """min and max of two or more; a constant clamps."""
-        consts = [t for i, t in zip(node.args, args) if isinstance(graph[i], N.Const)]
-        tensors = [t for i, t in zip(node.args, args) if not isinstance(graph[i], N.Const)]
+        consts = [t for i, t in zip(node.args, args) if self.number(graph, i)]
+        tensors = [
+            t if node.dtype == "int" else self.real(graph, i, t)
+            for i, t in zip(node.args, args)
+            if not self.number(graph, i)
+        ]
         if not tensors:
-            return f"{node.fn}({', '.join(t for t, _ in consts)})", 9
+            number = f"{node.fn}({', '.join(t for t, _ in consts)})"
+            return f"torch.tensor({number}, dtype={self.dtype(node)}, device=device)", 9
         text, rank = tensors[0]
         for other, _ in tensors[1:]:
             text, rank = f"torch.{node.fn}imum({text}, {other})", 9
@@ -165,14 +189,13 @@ class Expressions(Layout):
         if product:
             return self.contraction(graph, node, product)
         text = self.hold(graph, node.arg)
-        axes = graph[node.arg].axes
         fixed = tuple(a for a in node.over if not self.is_sequence(a))
         if node.fn == "mean" and graph[node.arg].dtype == "int":
             text = f"{text}.to(ct)"
         if node.chunk is not None and self.graph.axis[node.chunk].kind == "size":
             return self.by_groups(graph, node, text)
         if fixed:
-            dims = ", ".join(str(axes.index(a) - len(axes)) for a in fixed)
+            dims = ", ".join(str(self.dim(graph, node.arg, a)) for a in fixed)
             fn = {"max": "amax", "min": "amin"}.get(node.fn, node.fn)
             text = f"{text}.{fn}({dims})" if len(fixed) == 1 else f"{text}.{fn}(({dims}))"
         along = [a for a in node.over if self.is_sequence(a)]
@@ -213,7 +236,7 @@ class Expressions(Layout):
             inner = graph[id_]
             if isinstance(inner, N.Map) and inner.fn == "*" and len(users[id_]) == 1 and id_ not in self.names:
                 pending = [*inner.args, *pending]
-            elif isinstance(inner, N.Const):
+            elif self.number(graph, id_):
                 return []
             else:
                 factors.append(id_)
@@ -250,9 +273,8 @@ class Expressions(Layout):
         return f'torch.einsum("{", ".join(terms)} -> {kept}{rest}", {", ".join(texts)})'
 
     def normalize(self, graph: Graph, node: N.Normalize) -> str:
-        axes = graph[node.arg].axes
         text = self.text(graph, node.arg)[0]
-        dims = [axes.index(a) - len(axes) for a in node.over if not self.is_sequence(a)]
+        dims = [self.dim(graph, node.arg, a) for a in node.over if not self.is_sequence(a)]
         listed = f"({''.join(f'{d}, ' for d in dims).rstrip()})" if len(dims) == 1 else f"({', '.join(map(str, dims))})"
         along = [a for a in node.over if self.is_sequence(a)]
         if not along:
@@ -294,7 +316,9 @@ class Expressions(Layout):
         return f"{text}.permute({order})"
 
     def ordered(self, graph: Graph, id_: str, axes: list[str]) -> tuple[str, int]:
-        """A value with just these of its axes, in this order."""
+        """A value with just these of its axes, in this order; a number as a tensor."""
+        if self.number(graph, id_):
+            return f"torch.tensor({self.text(graph, id_)[0]}, device=device)", 9
         return self.aligned(graph, id_, tuple(axes), self.home(graph, id_))
 
     def gather_fixed(self, graph: Graph, node: N.Gather, shared: list[str], new: list[str], rest: list[str]) -> str:

@@ -94,7 +94,7 @@ class Loops(Expressions):
         if c.initial is None:
             return f"torch.zeros({shape}, dtype={dtype}, device=device)"
         text, rank = self.aligned(self.graph, c.initial, c.axes, home)
-        if isinstance(self.graph[c.initial], N.Const):
+        if self.number(self.graph, c.initial):
             return f"torch.full({shape}, {text}, dtype={dtype}, device=device)"
         given = self.graph[c.initial].dtype
         value = held(text, rank, 9) if given == c.dtype else f"{held(text, rank, 9)}.to({dtype})"
@@ -149,12 +149,14 @@ class Loops(Expressions):
             home = self.home(body, id_)
             home = EACH if home == NOWHERE and loop.each else home
             text, rank = self.aligned(body, id_, body[id_].axes, home)
-            if isinstance(body[id_], N.Const):
+            if self.number(body, id_):
                 text, rank = f"torch.tensor({text}, dtype={self.dtype(body[id_])}, device=device)", 9
             w(f"{name}.append({held(text, rank, 9)}.expand{self.shape(body[id_].axes, home)})")
         for c in node.carried:
             home = self.state_home(c, loop)
             text, rank = self.aligned(body, c.result, c.axes, home)
+            if self.number(body, c.result):
+                text, rank = f"torch.tensor({text}, dtype={self.dtype(self.graph_like(c))}, device=device)", 9
             w(f"new_{identifier(c.name)} = {held(text, rank, 9)}.expand{self.shape(c.axes, home)}")
         for c in node.carried:
             state = identifier(c.name)
@@ -250,7 +252,7 @@ class Loops(Expressions):
         for n in body.nodes:
             if isinstance(n, N.Capture):
                 text, axes = self.text(self.graph, n.outer)[0], self.graph[n.outer].axes
-                dim = axes.index(node.axis) - len(axes) if node.axis in axes else None
+                dim = self.dim(self.graph, n.outer, node.axis) if node.axis in axes else None
                 local[n.id] = (text if text.isidentifier() else f"({text})") + (
                     "" if dim is None else f".select({dim}, step)")  # fmt: skip
         for c in node.carried:

@@ -122,6 +122,8 @@ def whole_reason(unit: Unit) -> str:
                 return "it reads the sequence at computed positions"
         if isinstance(node, N.Recur) and graph.axis[node.axis].kind == "chunk" and _nested(graph, node):
             return "a reduction over a chunk depends on another"
+        if isinstance(node, N.Recur) and graph.axis[node.axis].kind == "size" and _moves(graph, node.body):
+            return "a step of a recurrence reads other positions of the sequence"
     return ""
 
 
@@ -141,6 +143,17 @@ def _nested(graph: Graph, node: N.Recur) -> bool:
     inner = graph.axis[node.axis].parent
     reduced = {n.id for n in node.body.nodes if isinstance(n, N.Reduce) and inner in n.over}
     return any((node.body.reachable([id_]) - {id_}) & reduced for id_ in reduced)
+
+
+def _moves(graph: Graph, body: Graph) -> bool:
+    """Whether a body combines positions of a sequence; nothing keeps for it those of the calls before."""
+
+    def along(node: N.AnyNode) -> bool:
+        if isinstance(node, N.Reduce | N.Normalize):
+            return any(graph.axis[a].is_sequence for a in node.over)
+        return isinstance(node, N.Shift | N.Gather | N.Conv) and graph.axis[node.axis].is_sequence
+
+    return any(along(node) for node in body.nodes)
 
 
 def declared_axes(graph: Graph, state: str) -> tuple[str, ...]:

@@ -114,6 +114,9 @@ class UnitEmitter:
         for a in self.sizes:
             assert a.size is not None
             self.w(f'{a.name} = axis_size("{a.name}", {a.size.text()})')
+        for a in self.sizes:
+            if a.parent is not None:  # its groups are equal
+                self.w(f"exact({a.parent}, {a.name})")
 
     def unpack(self) -> None:
         """Local variables for a layer's parameters and sizes."""

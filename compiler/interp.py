@@ -110,6 +110,11 @@ class Interpreter:
                 x = x.unsqueeze(position)
         return x
 
+    def dtype(self, kind: str) -> torch.dtype:
+        """The type of a value of this kind."""
+        kinds = {"complex": self.run.dtype.to_complex(), "int": torch.int64, "bool": torch.bool}
+        return kinds.get(kind, self.run.dtype)
+
     def real(self, value: Number) -> Tensor:
         return torch.tensor(value, dtype=self.run.dtype if isinstance(value, float) else None)
 
@@ -176,7 +181,7 @@ class Interpreter:
         if node.fn == "where":
             args[1:] = [a.to(self.run.dtype) if node.dtype == "float" else a for a in args[1:]]
             return torch.where(args[0], args[1], args[2])
-        if node.dtype == "float":
+        if node.dtype in ("float", "complex"):
             args = [a if a.is_complex() else a.to(self.run.dtype) for a in args]
         if node.fn in UNARY:
             return UNARY[node.fn](args[0])
@@ -229,12 +234,16 @@ class Interpreter:
 
     def pieces(self, x: Tensor, axes: tuple[str, ...], chunk: str) -> list[Tensor]:
         """A value cut along the axis that the chunks or groups divide."""
-        axis = self.graph.axis[chunk]
-        assert axis.parent is not None
-        dim = next(k for k, a in enumerate(axes) if self.graph.axis[a].space == self.graph.axis[axis.parent].space)
+        axis, dim = self.graph.axis[chunk], self.cut(axes, chunk)
         if axis.kind == "chunk":
             return [x.narrow(dim, c.start, c.stop - c.start) for c in self.chunks[axis.space]]
         return list(x.chunk(self.size(chunk), dim))
+
+    def cut(self, axes: tuple[str, ...], chunk: str) -> int:
+        """The dimension of the axis that the chunks or groups divide."""
+        parent = self.graph.axis[chunk].parent
+        assert parent is not None
+        return next(k for k, a in enumerate(axes) if self.graph.axis[a].space == self.graph.axis[parent].space)
 
     def along(self, node: N.Reduce | N.Normalize) -> Tensor:
         x, axes = self.values[node.arg], self.graph[node.arg].axes
@@ -245,7 +254,7 @@ class Interpreter:
                 done = [self.reduce(node.fn, p, dims) for p in parts]
                 shape = [0, *(n for k, n in enumerate(x.shape) if k not in dims)]
                 return torch.stack(done) if done else x.new_zeros(shape)
-            cut = next(d for d in dims if parts[0].shape[d] != x.shape[d]) if len(parts) > 1 else dims[0]
+            cut = self.cut(axes, node.chunk)
             return torch.cat([self.normalize(node.fn, p, dims) for p in parts], cut) if parts else x
         return self.reduce(node.fn, x, dims) if isinstance(node, N.Reduce) else self.normalize(node.fn, x, dims)
 
@@ -338,7 +347,7 @@ class Interpreter:
         shape = [self.size(a) for a in axes]
         if name in self.run.initial:
             return self.run.initial[name]
-        of = self.run.dtype.to_complex() if dtype == "complex" else self.run.dtype
+        of = self.dtype(dtype)
         if initial is None:
             return torch.zeros(shape, dtype=of)
         return self.aligned(initial, axes).to(of).expand(shape)
@@ -363,15 +372,12 @@ class Interpreter:
         self.finals.update(states)
         out = []
         for row, (_, id_) in zip(rows, node.body.outputs):
-            axes = node.body[id_].axes
-            inner = self.positions_of(node)
+            axes, of = node.body[id_].axes, self.dtype(node.body[id_].dtype)
+            inner, shape = self.positions_of(node), [self.size(a) for a in axes]
             if inner in axes:
-                cut = axes.index(inner)
-                shape = [self.size(a) for a in axes]
-                out.append(torch.cat(row, cut) if row else torch.zeros(shape, dtype=self.run.dtype))
+                out.append(torch.cat(row, axes.index(inner)) if row else torch.zeros(shape, dtype=of))
             else:
-                shape = [self.size(a) for a in axes]
-                out.append(torch.stack(row) if row else torch.zeros([0, *shape], dtype=self.run.dtype))
+                out.append(torch.stack(row) if row else torch.zeros([0, *shape], dtype=of))
         return out + [states[c.name] for c in node.carried]
 
     def positions_of(self, node: N.Recur) -> str:

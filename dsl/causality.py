@@ -30,7 +30,7 @@ class Horizon:
             self.whole[node.id] = self.needs_chunk(node)
             found = next((b for a in node.operands() if (b := self.blame.get(a))), None)
             why = "" if found else self.why(node)
-            self.blame[node.id] = (node.span or span, why) if why else found
+            self.blame[node.id] = (node.span or span, why) if why else found or self.inside(node)
 
     def kind(self, axis: str) -> str:
         return self.graph.axis[axis].kind
@@ -96,10 +96,17 @@ class Horizon:
             source = self.graph[node.arg]
             if isinstance(source, N.Recur) and node.index >= len(source.body.outputs):
                 return "this is the last state" if self.kind(source.axis) != "size" else ""
-            if isinstance(source, N.Recur) and self.kind(source.axis) == "chunk":
-                found = self.body(source).blame[source.body.outputs[node.index][1]]
-                return found[1] if found else ""
         return ""
+
+    def inside(self, node: N.AnyNode) -> Blame | None:
+        """What looks ahead in a recurrence's body: in the result itself, or in a state, which later steps read."""
+        source = self.graph[node.arg] if isinstance(node, N.Out) else None
+        if not isinstance(source, N.Recur) or not isinstance(node, N.Out):
+            return None
+        body, results = self.body(source), [c.result for c in source.carried]
+        if node.index < len(source.body.outputs):
+            results.insert(0, source.body.outputs[node.index][1])
+        return next((b for r in results if (b := body.blame[r])), None)
 
     def why_gather(self, node: N.Gather) -> str:
         kind = self.kind(node.axis)
@@ -117,11 +124,15 @@ class Horizon:
 
     def is_bound(self, id_: str, fn: str) -> bool:
         node = self.graph[id_]
+        if isinstance(node, N.Capture) and self.outer is not None:
+            return self.outer.is_bound(node.outer, fn)
         return isinstance(node, N.Bounds) and node.fn == fn
 
     def is_earlier_chunk(self, id_: str) -> bool:
         """Whether an index is `c(t) - n` with n at least 1."""
         node = self.graph[id_]
+        if isinstance(node, N.Capture) and self.outer is not None:
+            return self.outer.is_earlier_chunk(node.outer)
         if not (isinstance(node, N.Map) and node.fn == "-" and self.is_bound(node.args[0], "of")):
             return False
         return self.ranges[node.args[1]][0] >= 1
@@ -129,6 +140,8 @@ class Horizon:
     def never_after(self, id_: str) -> bool:
         """Whether a position over a sequence is proven to be at most the token's own."""
         node = self.graph[id_]
+        if isinstance(node, N.Capture) and self.outer is not None:
+            return self.outer.never_after(node.outer)
         if isinstance(node, N.Coord):
             return True
         if isinstance(node, N.Map) and node.fn == "min":

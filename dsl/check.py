@@ -114,6 +114,7 @@ class _UnitChecker(Recurrences):
                  known: Mapping[str, Symbol], later: frozenset[str]) -> None:  # fmt: skip
         super().__init__(report, work, Scope(report, prelude.NAMES, silenced, known, later))
         self.unit = unit
+        self.x.unit_kind = unit.kind
         self.doc: list[str] = []
         self.params: list[Parameter] = []
         self.inputs: list[str] = []

@@ -38,10 +38,42 @@ class Recurrences(Definitions):
             self.body_statement(statement, c, states, defined)
         if not any(isinstance(part, T.Declare) and part.what == "state" for part in s.body):
             self.report.error("no-state", "this recurrence has no state", s.span)
+        if len(self.report.errors) == before:
+            self.check_built(body, axis)
         if len(self.report.errors) > before or not states:
             self.silence(s.body, [*states, *(name for name, _, _ in defined)])
             return
         self.close_recurrence(s, axis, within, c, states, defined)
+
+    def check_built(self, body: Builder, axis: Axis) -> None:
+        """What loops do not compute: other chunks, other positions of the sequence that a chunk is of, and values of
+        the states over a sequence in a loop over tokens."""
+        parent = self.axes[axis.parent] if axis.kind == "chunk" and axis.parent else None
+        moving: set[str] = set()  # what depends on the states
+        for node in body.nodes.values():
+            if isinstance(node, N.State) or moving & set(node.operands()):
+                moving.add(node.id)
+            why = self.not_built(node, axis, parent, node.id in moving)
+            if why and node.span is not None:
+                self.x.later(f"inside a recurrence over {axis.name}, {why}", node.span)
+                return
+
+    def not_built(self, node: N.AnyNode, axis: Axis, parent: Axis | None, moves: bool) -> str:
+        sequences = [self.axes[a] for a in node.axes if self.axes[a].is_sequence]
+        if axis.kind == "time":
+            return "a value of its states over a sequence" if moves and sequences else ""
+        chunk = node.chunk if isinstance(node, N.Reduce | N.Normalize) else None
+        if chunk is not None and self.axes[chunk].kind == "chunk":
+            return "a function chunk by chunk"
+        if parent is None or isinstance(node, N.Capture):
+            return ""
+        read = self.axes[node.axis] if isinstance(node, N.Shift | N.Gather | N.Conv) else None
+        if read is not None and (read.space == parent.space or read.is_sequence and parent in sequences):
+            return "a read at other positions of the sequence"
+        over = [self.axes[a] for a in node.over] if isinstance(node, N.Reduce | N.Normalize) else []
+        if any(a.space == parent.space and a != parent for a in (*sequences, *over)):
+            return f"a value over another name of {parent.name}"
+        return ""
 
     def within(self, name: T.Name, axis: Axis | None) -> str | None:
         """The chunks that a recurrence stays within."""

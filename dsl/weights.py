@@ -13,6 +13,8 @@ from chunkc.ir.graph import Builder, gather_axes
 class Weights(Sizes):
     """Checks calls that hold a weight; a subclass checks the expressions in them."""
 
+    unit_kind = "layer"  # of the unit that is checked
+
     def expr(self, e: T.Expr, c: Context) -> str | None:
         """The node for an expression."""
         raise NotImplementedError
@@ -74,7 +76,11 @@ class Weights(Sizes):
         return self.fetch(id_, span, c) if c.outer is not None else id_
 
     def weighted(self, what: str, span: Span, c: Context) -> bool:
-        """Whether a weight may stand here: in a definition, and one only."""
+        """Whether a weight may stand here: in a definition of a layer, and one only."""
+        if self.unit_kind == "op":
+            self.report.error("hidden-weight", f"'{what}' holds a weight, and an op is a function that holds none",
+                              span, hints=("declare a param, or make it a layer",))  # fmt: skip
+            return False
         if c.weight is None:
             self.report.error("hidden-weight", f"'{what}' holds a weight and stands only in a definition", span)
             return False

@@ -170,6 +170,32 @@ layer Lact(d_model: int, heads: int = 2, length: int = 8) {
   output z = start + S + c(t)
 }
 """,
+    "numbers": """op numbers(n: int, k: int) {
+  axes { t: time, d = n, p = k, g = 2 groups d }
+  input x[t, d], idx[t]: int, m[t]: bool
+  param w[d] = normal(1)
+  copy = x + 1
+  recurrence over t {
+    state S[d], Z[d]: complex = complex(1, 0), one[d]
+    S = tanh(where(m, S, 0) + max(S, -1, 0.25) + sum[d in g](S + w)[g = g(d)])
+    Z = exp(complex(-0.5, x)) * Z + complex(idx, 1)
+    one = 1
+    o = S
+    a = copy
+    q = complex(2, idx) * Z
+  }
+  recurrence over p {
+    state R[t, d] = x
+    R = tanh(R + w * p)
+  }
+  r = R[p = k - 1]
+  u = max(copy, max(1, 2)) + 2 ^ 0.5
+  output S, o, a, r, u
+  output y0 = re(q), y1 = im(q), y2 = one, y3 = copy * o
+  output first_[d] = r[t = 0], before[d] = r[t = -1]
+  output i0 = min(0.1, idx) + (1 + idx * idx) ^ 0.5, i1 = abs(complex(idx, 0.3))
+}
+""",
     "s4": """causal layer S4D(d_model: int, states: int = 8) {
   axes { t: time, d = d_model, e = d_model, n = states / 2 }
   input u[t, d]
@@ -221,6 +247,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "steps": {"n": 4, "k": 3},
     "fns": {"d_model": 4},
     "names": {},
+    "numbers": {"n": 4, "k": 3},
     "s4": {"d_model": 4},
     "within": {"heads": 2, "dk": 4, "dv": 3},
 }
@@ -235,4 +262,5 @@ def ids(shape: list[int]) -> Tensor:
     return (torch.rand(shape) < 0.3).cumsum(0)
 
 
-VALUES = {"idx": integers(-2, 9), "j": integers(-1, 5), "tok": integers(0, 7), "id": ids}
+VALUES = {"idx": integers(-2, 9), "j": integers(-1, 5), "tok": integers(0, 7), "id": ids,
+          "m": lambda shape: torch.rand(shape) < 0.5}  # fmt: skip

@@ -315,6 +315,45 @@ PAIR = """op pair(n: int, m: int) {
   output z = sum[j](x * y)
 }
 """
+CHUNKED = body(
+    "chunk w of t = fixed(4)\nchunk v of t = fixed(3)\nm = mean[t in w](x)\nr = mean[t in v](x)\nz[s, e] = x\nBODY"
+)
+
+
+def loop(over: str, step: str, state: str = "S[e]") -> str:
+    """A recurrence beside chunks w and v, their means m and r, and z over another name of time."""
+    return CHUNKED.replace("BODY", f"recurrence over {over} {{\nstate {state}\nS = tanh(S + {step})\n}}\noutput y = x")
+
+
+LOOPS = [
+    ("other chunks in a loop over chunks", loop("w", "«mean[t in v](x)»[v = 0]"), "not-yet"),
+    ("a shift in a loop over chunks", loop("w", "mean[t](«x[t = t - 1]»)"), "not-yet"),
+    ("a chunk's first value in a loop over chunks", loop("w", "«x[t = first(w)]»"), "not-yet"),
+    ("other chunks' values at positions", loop("w", "mean[t](«r[v = v(t)]»)"), "not-yet"),
+    ("another name of time in a loop over chunks", loop("w", "mean[s](«z * S»)"), "not-yet"),
+    ("chunks in a loop over a fixed axis", loop("i", "«mean[t in w](x)»", "S[w, e]"), "not-yet"),
+    ("a state over a sequence in a loop over tokens", loop("t", "sum[s](«z * S»)"), "not-yet"),
+    (
+        "a chunk's value in a recurrence",
+        "causal "
+        + CHUNKED.replace("BODY", "recurrence over t {\nstate S[e]\nS = tanh(S + «m[w = w(t)]»)\n}\noutput y = S"),
+        "not-causal",
+    ),
+    (
+        "a later row within a loop over a fixed axis",
+        "causal "
+        + CHUNKED.replace(
+            "BODY", "recurrence over i {\nstate S[t, e] = x\nS = S + «S[t = t + 1]»\n}\noutput y = S[i = 0]"
+        ),
+        "not-causal",
+    ),
+    (
+        "a weight in an op",
+        "op A(n: int) {\n axes { t: time, d = n }\n input x[t, d]\n y[t, d] = «linear(x)»\n output y\n}",
+        "hidden-weight",
+    ),
+]
+
 CALLS = [
     ("a layer without inputs", "layer «A» {\n  axes { d = 2 }\n  param w[d]\n  output w\n}", "bad-input"),
     (
@@ -345,7 +384,7 @@ LATER = [
 
 TABLE = [
     *SYNTAX, *NAMES, *AXES, *TYPES, *SIZES, *WEIGHTS, *READS, *RECURRENCES, *FUNCTIONS, *CHUNKS, *COMPOSED,
-    *CAUSALITY, *CALLS, *LATER,
+    *CAUSALITY, *LOOPS, *CALLS, *LATER,
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -223,6 +224,33 @@ def test_runs_of_no_tokens(tmp_path: Path) -> None:
     module, _, _ = emit(text, tmp_path, "runs.spec")
     y, state = module.runs_(torch.zeros(2, 0, 3), torch.zeros(2, 0, dtype=torch.int64), output_final_state=True)
     assert y.shape == (2, 0, 3) and state.s.shape == (2, 3)
+
+
+@pytest.mark.parametrize("step", ["S[t = t - 1]", "S[t = min(t, 3)]", "m[c = c(t) - 1]", "sum[t](S)"])
+def test_steps_along_a_sequence_run_over_all_of_it(step: str, tmp_path: Path) -> None:
+    """In a recurrence over a fixed axis: nothing is kept of the calls before."""
+    text = f"""op A(n: int = 2) {{
+  axes {{ t: time, d = n, p = 3 }}
+  input x[t, d]
+  chunk c of t = fixed(2)
+  m = mean[t in c](x)
+  recurrence over p {{
+    state S[t, d] = x
+    S = S + {step}
+  }}
+  output y = S[p = 2], z = x[t = t - 1]
+}}
+"""
+    module, _, _ = emit(text, tmp_path)
+    assert "initial_state" not in signature(module.A).parameters
+
+
+def test_groups_that_do_not_divide_their_axis(tmp_path: Path) -> None:
+    text = "op A(n: int) {\n axes { t: time, d = n, g = 3 groups d }\n input x[t, d]\n output y = sum[d in g](x)\n}\n"
+    module, _, _ = emit(text, tmp_path)
+    assert module.A(torch.zeros(1, 2, 6)).shape == (1, 2, 3)
+    with pytest.raises(ValueError, match="divisible"):
+        module.A(torch.zeros(1, 2, 4))
 
 
 # -- other files -------------------------------------------------------------------------------------------------------

@@ -38,10 +38,15 @@ class Normalize:
                 recurrence = _Recurrence(moved, out)
                 results = recurrence.run([n.index for n in used])
                 finals += recurrence.finals.values()
+                named: dict[str, str] = {}  # a value may be several results
+                taken = set(names.values())
                 for index, id_ in results.items():
                     for user in used:
                         if user.index == index:
-                            names[user.id] = _keep_name(out, _in_order(out, id_, user), user.id)
+                            value = _in_order(out, named.get(id_, id_), user)
+                            names[user.id] = value if value in taken else _keep_name(out, value, user.id)
+                            named[id_] = named[value] = names[user.id]
+                            taken.add(names[user.id])
             elif not (isinstance(node, N.Out) and node.id in names):
                 new = node.renamed(names)
                 if isinstance(new, N.Recur):
@@ -149,7 +154,7 @@ class _Recurrence:
                 return linear
         if isinstance(node, N.Map) and node.fn == "exp" and args[0].rest is not None and not args[0].diag:
             return Form(rest=self.exponential(args[0].rest, node))
-        if isinstance(node, N.Reduce) and node.fn == "sum" and args[0].diag:
+        if isinstance(node, N.Reduce) and node.fn == "sum" and node.chunk is None and args[0].diag:
             return self.sum(node, args[0])
         return Form(rest=self.lifted(node, [self.value(f, a) for f, a in zip(args, node.operands())]))
 
