@@ -144,11 +144,10 @@ class Body(Loops):
         comment = f"  # {place}" if place else ""
         field = self.fields.get(node.id)
         if field is not None and isinstance(node, N.Reduce):
-            inner = self.chunked(graph, node)
             so_far, kept = self.running(node)
             self.start_running(node)
-            w = f'{name}, {kept} = {self.chunks(node.chunk or "")}.reduce({inner}, "{node.fn}", {so_far}){comment}'
-            self.w(w)
+            call = f'{self.chunks(node.chunk or "")}.reduce({self.reduced(graph, node)}, "{node.fn}", {so_far})'
+            self.w(f"{name}, {kept} = {call}{comment}")
         else:
             self.w(f"{name} = {text}{comment}")
         self.names[node.id] = name
@@ -157,19 +156,6 @@ class Body(Loops):
             last = f"{self.chunks(node.axis)}.keep_last" if axis.kind == "chunk" else f"{self.seq(axis.space)}.last"
             arg = self.text(graph, node.arg)[0]
             self.w(f"{next_name(field.name)} = {last}({arg}, {field.rows}, {state_name(field.name)})")
-
-    def chunked(self, graph: Graph, node: N.Reduce) -> str:
-        """The operand of a reduction chunk by chunk, with its fixed axes already reduced."""
-        fixed = tuple(a for a in node.over if not self.is_sequence(a))
-        text = self.hold(graph, node.arg)
-        if node.fn == "mean" and graph[node.arg].dtype == "int":
-            text = f"{text}.to(ct)"
-        if not fixed:
-            return text
-        axes = graph[node.arg].axes
-        dims = ", ".join(str(axes.index(a) - len(axes)) for a in fixed)
-        fn = {"max": "amax", "min": "amin"}.get(node.fn, node.fn)
-        return f"{text}.{fn}(({dims},))"
 
     def segment(self, node: N.Segment) -> None:
         """The chunks of a sequence, and the sequence that they are themselves."""

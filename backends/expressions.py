@@ -188,16 +188,9 @@ class Expressions(Layout):
         product = self.product(graph, node)
         if product:
             return self.contraction(graph, node, product)
-        text = self.hold(graph, node.arg)
-        fixed = tuple(a for a in node.over if not self.is_sequence(a))
-        if node.fn == "mean" and graph[node.arg].dtype == "int":
-            text = f"{text}.to(ct)"
         if node.chunk is not None and self.graph.axis[node.chunk].kind == "size":
-            return self.by_groups(graph, node, text)
-        if fixed:
-            dims = ", ".join(str(self.dim(graph, node.arg, a)) for a in fixed)
-            fn = {"max": "amax", "min": "amin"}.get(node.fn, node.fn)
-            text = f"{text}.{fn}({dims})" if len(fixed) == 1 else f"{text}.{fn}(({dims}))"
+            return self.by_groups(graph, node)
+        text = self.reduced(graph, node)
         along = [a for a in node.over if self.is_sequence(a)]
         if not along:
             return text
@@ -206,7 +199,18 @@ class Expressions(Layout):
             return f'over_valid({text}, "{node.fn}", {self.loop.valid})'
         return f'{self.seq(space)}.reduce({text}, "{node.fn}")'
 
-    def by_groups(self, graph: Graph, node: N.Reduce, text: str) -> str:
+    def reduced(self, graph: Graph, node: N.Reduce) -> str:
+        """The operand of a reduction with its fixed axes already reduced."""
+        dims = [self.dim(graph, node.arg, a) for a in node.over if not self.is_sequence(a)]
+        text = self.summand(graph, node)
+        return f"{text}.{reducer(node.fn, dims)}" if dims else text
+
+    def summand(self, graph: Graph, node: N.Reduce) -> str:
+        """The operand of a reduction, of a type that it works on."""
+        text = self.hold(graph, node.arg)
+        return f"{text}.to(ct)" if node.fn == "mean" and graph[node.arg].dtype == "int" else text
+
+    def by_groups(self, graph: Graph, node: N.Reduce) -> str:
         """A reduction over each of the equal runs that the groups of an axis are."""
         assert node.chunk is not None
         axes = self.own(graph[node.arg].axes)
@@ -214,10 +218,8 @@ class Expressions(Layout):
         dims = [axes.index(a) - len(axes) for a in node.over]
         cut = axes.index(parent or "") - len(axes)
         moved = [d - 1 if d < cut else d for d in dims]  # the runs take the place of the axis, the groups stand before
-        fn = {"max": "amax", "min": "amin"}.get(node.fn, node.fn)
         lead = len(self.lead(self.home(graph, node.arg)))
-        listed = str(moved[0]) if len(moved) == 1 else f"({', '.join(map(str, moved))})"
-        inner = f"{text}.unflatten({cut}, ({node.chunk}, -1)).{fn}({listed})"
+        inner = f"{self.summand(graph, node)}.unflatten({cut}, ({node.chunk}, -1)).{reducer(node.fn, moved)}"
         rest = [a for a in axes if a not in node.over or a == parent]
         return f"{inner}.movedim({lead + rest.index(parent or '')}, {lead})"
 
@@ -351,6 +353,13 @@ class Expressions(Layout):
         owner = f"torch.arange({self.main}.count, device=device)" if at in (NOWHERE, EACH) else f"{self.seq(at)}.owner"
         first = f"{self.chunks(node.axis)}.start" if axis.kind == "chunk" else self.start(node.axis)
         return f"{seq}.at({x}, {index}, {owner}, {first}, {len(shared)}, {2 if at not in (NOWHERE, EACH) else 1})"
+
+
+def reducer(fn: str, dims: list[int]) -> str:
+    """The method of a tensor that reduces these dimensions."""
+    listed = str(dims[0]) if len(dims) == 1 else f"({', '.join(map(str, dims))})"
+    method = {"max": "amax", "min": "amin"}.get(fn, fn)
+    return f"{method}({listed})"
 
 
 def state_name(name: str) -> str:

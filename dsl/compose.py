@@ -12,7 +12,6 @@ from chunkc.dsl.weights import listed
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Axis, Size
 from chunkc.ir.diagnostics import Span
-from chunkc.ir.graph import gather_axes
 
 ROPE_BASE = 10000.0
 LEAST_LOG = -100.0  # of a probability in a loss: that of 0 is no infinity
@@ -31,9 +30,7 @@ class Composed(Reducers):
                               axes[0][1].span,
                               related=((args[0].value.span, f"this is over {listed(b.nodes[x].axes)}"),))  # fmt: skip
             return None
-        if b.nodes[position].dtype != "int":
-            self.report.error("type-mismatch", f"a position is an integer, this is {b.nodes[position].dtype}",
-                              args[1].value.span, hints=("write floor(x)",))  # fmt: skip
+        if not self.integer(position, "a position", args[1].value.span, c, hints=("write floor(x)",)):
             return None
         half = Size(op="/", args=(axis.size, Size.of(2)))
         if not self.defined(half, axes[0][1].span):
@@ -44,8 +41,7 @@ class Composed(Reducers):
         rate = b.map("exp", b.map("*", pair, b.const(_rate(axis.size))))
         angle = b.map("*", position, rate, span=span)
         other = b.map("%", b.map("+", place, b.const(half, whole=True)), b.const(axis.size, whole=True))
-        partner = b.add(N.Gather, "", span, arg=x, index=other, axis=axis.name, dtype=b.nodes[x].dtype,
-                        axes=gather_axes(b.nodes[x].axes, b.nodes[other].axes, axis.name))  # fmt: skip
+        partner = b.gather(x, other, axis.name, span)
         sign = b.map("where", b.map("<", place, b.const(half, whole=True)), b.const(-1.0), b.const(1.0))
         turned = b.map("*", b.map("*", sign, partner), b.map("sin", angle), span=span)
         return b.map("+", b.map("*", x, b.map("cos", angle), span=span), turned, span=span)
@@ -59,16 +55,13 @@ class Composed(Reducers):
             self.report.error("no-axis", "ce works along one axis of fixed size of its logits", axes[0][1].span,
                               related=((args[0].value.span, f"this is over {listed(b.nodes[x].axes)}"),))  # fmt: skip
             return None
-        if b.nodes[label].dtype != "int":
-            self.report.error("type-mismatch", f"a label is an integer, this is {b.nodes[label].dtype}",
-                              args[1].value.span)  # fmt: skip
+        if not self.integer(label, "a label", args[1].value.span, c):
             return None
         rest = tuple(a for a in b.nodes[x].axes if a != axis)
         most = b.map("stop", b.add(N.Reduce, "", span, fn="max", arg=x, over=(axis,), axes=rest))
         powers = b.map("exp", b.map("-", x, most))
         total = b.map("log", b.add(N.Reduce, "", span, fn="sum", arg=powers, over=(axis,), axes=rest))
-        chosen = b.add(N.Gather, "", span, arg=x, index=label, axis=axis, dtype=b.nodes[x].dtype,
-                       axes=gather_axes(b.nodes[x].axes, b.nodes[label].axes, axis))  # fmt: skip
+        chosen = b.gather(x, label, axis, span)
         return b.map("-", b.map("+", total, most), chosen, span=span)
 
     def bce(self, args: list[tuple[str | None, T.Expr]], named: dict[str, T.Arg], span: Span,
@@ -113,9 +106,7 @@ class Composed(Reducers):
         parent = self.axes[axis.parent].size
         if at is None or parent is None or axis.size is None:
             return None
-        if c.builder.nodes[at].dtype != "int":
-            self.report.error("type-mismatch", f"a position is an integer, this is {c.builder.nodes[at].dtype}",
-                              arg.span)  # fmt: skip
+        if not self.integer(at, "a position", arg.span, c):
             return None
         run = c.builder.const(Size(op="/", args=(parent, axis.size)), whole=True)
         return c.builder.map("floor", c.builder.map("/", at, run, span=e.span), span=e.span)
@@ -141,12 +132,9 @@ class Composed(Reducers):
         at = self.expr(arg, c)
         if at is None:
             return None
-        if c.builder.nodes[at].dtype != "int":
-            self.report.error("type-mismatch", f"a position is an integer, this is {c.builder.nodes[at].dtype}",
-                              arg.span)  # fmt: skip
+        if not self.integer(at, "a position", arg.span, c):
             return None
-        axes = gather_axes((time.name,), c.builder.nodes[at].axes, time.name)
-        return c.builder.add(N.Gather, "", span, arg=of, index=at, axis=time.name, dtype="int", axes=axes)
+        return c.builder.gather(of, at, time.name, span)
 
     def span_edge(self, name: str, e: T.CallExpr, c: Context) -> str | None:
         """`first(c)`, `last(c)`, `len(c)`: integers over the chunks; of a tensor's chunk, `first(c(t))`."""
@@ -170,8 +158,7 @@ class Composed(Reducers):
         at = self.coordinate_of(axis, inner, None, outer)
         if at is None:
             return None
-        axes = gather_axes((axis.name,), outer.builder.nodes[at].axes, axis.name)
-        out = outer.builder.add(N.Gather, "", e.span, arg=id_, index=at, axis=axis.name, dtype="int", axes=axes)
+        out = outer.builder.gather(id_, at, axis.name, e.span)
         return self.fetch(out, e.span, c) if c.outer is not None else out
 
 

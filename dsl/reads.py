@@ -8,9 +8,8 @@ from chunkc.dsl.scope import AxisName, BodyValue, StateName, Symbol, Value
 from chunkc.dsl.sizes import Context
 from chunkc.dsl.weights import Weights, listed
 from chunkc.ir import nodes as N
-from chunkc.ir.axes import Axis, Size
+from chunkc.ir.axes import Axis, DType, Size
 from chunkc.ir.diagnostics import Span
-from chunkc.ir.graph import gather_axes
 
 
 class Reads(Weights):
@@ -135,14 +134,16 @@ class Reads(Weights):
         index = self.expr(ix.at, c)
         if index is None:
             return None
-        b = c.builder
-        if b.nodes[index].dtype != "int":
-            self.report.error("type-mismatch", f"a position is an integer, this is {b.nodes[index].dtype}",
-                              ix.at.span, hints=("write floor(x)",))  # fmt: skip
+        if not self.integer(index, "a position", ix.at.span, c, hints=("write floor(x)",)):
             return None
-        arg, at = b.nodes[id_], b.nodes[index]
-        return b.add(N.Gather, "", span, arg=id_, index=index, axis=axis.name, dtype=arg.dtype,
-                     axes=gather_axes(arg.axes, at.axes, axis.name))  # fmt: skip
+        return c.builder.gather(id_, index, axis.name, span)
+
+    def integer(self, id_: str, what: str, span: Span, c: Context, hints: tuple[str, ...] = ()) -> bool:
+        """Whether a value is an integer; reports one that is not."""
+        dtype: DType = c.builder.nodes[id_].dtype
+        if dtype != "int":
+            self.report.error("type-mismatch", f"{what} is an integer, this is {dtype}", span, hints=hints)
+        return dtype == "int"
 
     def read_outside(self, id_: str, ix: T.Ix, span: Span, c: Context) -> str | None:
         """In a body, a captured tensor read at another step: moved outside, then captured."""

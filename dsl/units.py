@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from chunkc.dsl import tree as T
 from chunkc.dsl.compose import Composed
@@ -235,9 +234,7 @@ class UnitCalls(Composed):
         for node in graph.nodes:
             if node.id in names:
                 continue
-            new: Any = rebinding.node(node.renamed(names))
-            fields = {f: getattr(new, f) for f in type(new).model_fields if f not in ("id", "span", "kind")}
-            names[node.id] = b.add(type(new), f"{call.prefix}_{node.id}", node.span, **fields)
+            names[node.id] = b.like(rebinding.node(node.renamed(names)), f"{call.prefix}_{node.id}")
         return names[graph.outputs[0][1]]
 
     def brought_input(self, call: Call, node: N.AnyNode, value: str, e: T.Expr, c: Context) -> str | None:

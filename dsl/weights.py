@@ -7,7 +7,7 @@ from chunkc.dsl.sizes import Context, Sizes
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Axis, Size
 from chunkc.ir.diagnostics import Span
-from chunkc.ir.graph import Builder, gather_axes
+from chunkc.ir.graph import Builder
 
 
 class Weights(Sizes):
@@ -186,8 +186,7 @@ class Weights(Sizes):
         table = self.param("table", (name, *made), None, e.span, c, named.get("init"))
         if table is None:
             return None
-        return c.builder.add(N.Gather, "embed", e.span, arg=table, index=arg, axis=name,
-                             axes=gather_axes((name, *made), node.axes, name))  # fmt: skip
+        return c.builder.gather(table, arg, name, e.span, "embed")
 
     def conv(self, e: T.CallExpr, axes: list[tuple[str, T.Name]], positional: list[T.Arg],
              named: dict[str, T.Arg], c: Context) -> str | None:  # fmt: skip

@@ -152,6 +152,11 @@ class Builder:
         self._known[key] = id_
         return id_
 
+    def like(self, node: N.Node, hint: str = "") -> str:
+        """Add a node like this one."""
+        fields = {f: getattr(node, f) for f in type(node).model_fields if f not in ("id", "span", "kind")}
+        return self.add(type(node), hint or node.id, node.span, **fields)
+
     def find(self, cls: type[Any], **fields: Any) -> str | None:
         """The id of the node with these fields, if it stands."""
         return self._known.get(repr(cls(id="", span=None, **fields)))
@@ -182,6 +187,11 @@ class Builder:
             if swapped is not None:
                 return swapped
         return self.add(N.Map, hint or fn, span, fn=fn, args=args, axes=self.union(args), dtype=map_dtype(fn, dtypes))
+
+    def gather(self, arg: str, index: str, axis: str, span: Span | None = None, hint: str = "") -> str:
+        """`arg[axis = index]`, of the operand's type."""
+        axes = gather_axes(self.nodes[arg].axes, self.nodes[index].axes, axis)
+        return self.add(N.Gather, hint, span, arg=arg, index=index, axis=axis, dtype=self.nodes[arg].dtype, axes=axes)
 
     def graph(self, outputs: Iterable[tuple[str, str]]) -> Graph:
         return Graph(

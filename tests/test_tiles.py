@@ -14,7 +14,7 @@ from emitted import Case, emit, errors
 from chunkc import cli
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
-from chunkc.ir.graph import Graph
+from chunkc.ir.graph import Graph, Level
 from chunkc.ir.text import parse_graph, print_graph
 from chunkc.ir.verify import VerifyError, verify
 
@@ -27,10 +27,10 @@ def insert(graph: Graph, *nodes: N.AnyNode) -> Graph:
     return graph.evolve(nodes=(*graph.nodes, *nodes))
 
 
-def rejected(graph: Graph, where: str, what: str) -> None:
-    """The graph breaks a rule: some message has these words and blames this node."""
+def rejected(graph: Graph, where: str, what: str, level: Level = "chunked") -> None:
+    """The graph breaks a rule of its level: some message has these words and blames this node."""
     with pytest.raises(VerifyError) as caught:
-        verify(graph, "chunked")
+        verify(graph, level)
     assert any(m.node == where and what in m.text for m in caught.value.messages), caught.value
 
 
@@ -163,9 +163,7 @@ def kernels() -> Graph:
 
 
 def refused(graph: Graph, where: str, what: str) -> None:
-    with pytest.raises(VerifyError) as caught:
-        verify(graph, "fused")
-    assert any(m.node == where and what in m.text for m in caught.value.messages), caught.value
+    rejected(graph, where, what, "fused")
 
 
 def test_what_stays_between_kernels() -> None:

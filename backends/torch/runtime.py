@@ -240,8 +240,7 @@ class Sequences:
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         def make() -> tuple[Tensor, Tensor]:
-            longest = int(self.offsets.diff().max()) if self.count else 0
-            token = self.offsets[:-1, None] + torch.arange(longest, device=self.device)
+            token = self.offsets[:-1, None] + torch.arange(self.longest(), device=self.device)
             return token, token < self.offsets[1:, None]
 
         result: tuple[Tensor, Tensor] = self._once("rows", make)

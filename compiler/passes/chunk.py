@@ -20,7 +20,6 @@ from chunkc.ir.graph import Builder, Graph
 from chunkc.passes.regions import (
     SIDES,
     Side,
-    copied,
     inputs,
     other,
     renumbered,
@@ -159,7 +158,7 @@ class Tiler:
             elif isinstance(node, N.Out) and node.id not in self.done:
                 self.read_out(node)
             elif isinstance(node, N.Map | N.Const):
-                self.done[node.id] = copied(self.b, node.renamed(self.done))
+                self.done[node.id] = self.b.like(node.renamed(self.done))
         self.gates(self.source.of_kind(N.GateGradient))
         outputs = [(name, self.finished(id_)) for name, id_ in self.source.outputs]
         if not saved:

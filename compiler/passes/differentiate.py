@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Builder, Graph
 from chunkc.passes.regions import (
-    copied,
     inputs,
     other,
     renumbered,
@@ -62,13 +61,13 @@ def _out(b: Builder, scan: str, index: int, hint: str) -> str:
 def _adjoint(b: Builder, scan: N.Scan, last: str, **fields: object) -> str:
     """The reversed scan of the state's gradient."""
     reverse = scan.evolve(name=f"d_{scan.name}", initial=last, reverse=True, stop=False, **fields)
-    return copied(b, reverse, f"scan_d_{scan.name}")
+    return b.like(reverse, f"scan_d_{scan.name}")
 
 
 def _matrix(b: Builder, scan: N.Scan, results: list[str]) -> list[str]:
     pairs = [(q.arg, d) if q.side == "i" else (d, q.arg) for q, d in zip(scan.queries, results)]
     again = tuple(N.Query(side=other(q.side), arg=d) for q, d in zip(scan.queries, results))
-    forward = copied(b, scan.evolve(queries=again), f"scan_{scan.name}")
+    forward = b.like(scan.evolve(queries=again), f"scan_{scan.name}")
     reads = tuple(q for w in scan.writes for q in (N.Query(side="j", arg=w.j), N.Query(side="i", arg=w.i)))
     writes = tuple(N.Write(i=i, j=j) for i, j in pairs)
     adjoint = _adjoint(b, scan, results[-1], writes=writes, queries=reads)
@@ -87,7 +86,7 @@ def _gate_gradients(b: Builder, scan: N.Scan, forward: str, adjoint: str) -> lis
 
 
 def _vector(b: Builder, scan: N.Scan, results: list[str]) -> list[str]:
-    forward = copied(b, scan, f"scan_{scan.name}")
+    forward = b.like(scan, f"scan_{scan.name}")
     adjoint = _adjoint(b, scan, results[-1], add=results[0])
     d_gates = _gate_gradients(b, scan, forward, adjoint)
     d_add = [_out(b, adjoint, 0, f"d_{scan.add}")] if scan.add is not None else []
@@ -96,7 +95,7 @@ def _vector(b: Builder, scan: N.Scan, results: list[str]) -> list[str]:
 
 def _max_plus(b: Builder, scan: N.Scan, results: list[str]) -> list[str]:
     """The gradient goes to the larger argument of the maximum, half to each where they are equal."""
-    kept = _out(b, copied(b, scan, f"scan_{scan.name}"), 0, "before")
+    kept = _out(b, b.like(scan, f"scan_{scan.name}"), 0, "before")
     for g in scan.gates:
         kept = b.map("+", kept, g.arg)
     one = b.const(1.0)

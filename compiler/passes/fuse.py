@@ -16,7 +16,7 @@ from typing import Literal
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
 from chunkc.ir.graph import Builder, Graph
-from chunkc.passes.regions import SIDES, Side, copied, side_axes, with_regions
+from chunkc.passes.regions import SIDES, Side, side_axes, with_regions
 
 Life = Literal["result", "saved", "temporary"]
 Wanted = list[tuple[str, str]]
@@ -71,7 +71,7 @@ class Fuser:
         node = self.source[id_]
         if id_ in done or isinstance(node, N.Input):
             return done.get(id_, id_)
-        return copied(self.b, node.renamed({a: self.outside(a, done) for a in node.operands()}))
+        return self.b.like(node.renamed({a: self.outside(a, done) for a in node.operands()}))
 
     def cut(self, id_: str, buffer: str) -> None:
         """From here on a value is read from a buffer."""

@@ -52,8 +52,7 @@ class Normalize:
                 if isinstance(new, N.Recur):
                     new = new.evolve(body=new.body.evolve(level="normal"), reason=reason)
                     kept.append(node.id)
-                fields = {f: getattr(new, f) for f in type(new).model_fields if f not in ("id", "span", "kind")}
-                names[node.id] = out.add(type(new), node.id, node.span, **fields)
+                names[node.id] = out.like(new)
         return out.graph([(name, names[id_]) for name, id_ in graph.outputs]).pruned(
             [*finals, *(names[id_] for id_ in kept)]
         )
@@ -304,5 +303,4 @@ class _Recurrence:
             axes = gather_axes(arg, index, moved.axis)
         elif args and (moved_axes_ := moved_axes(node, self.lift.nodes[args[0]].axes)) is not None:
             axes = moved_axes_
-        fields = {f: getattr(moved, f) for f in type(moved).model_fields if f not in ("id", "span", "kind", "axes")}
-        return self.lift.add(type(moved), node.id, node.span, axes=axes, **fields)
+        return self.lift.like(moved.evolve(axes=axes))

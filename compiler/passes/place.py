@@ -558,5 +558,4 @@ class Placement:
 def _copy(builder: Builder, node: N.AnyNode, hint: str) -> str:
     if isinstance(node, N.Map) and node.fn != "as":
         return builder.map(node.fn, *node.args, span=node.span, hint=hint)
-    fields = {f: getattr(node, f) for f in type(node).model_fields if f not in ("id", "span", "kind")}
-    return builder.add(type(node), hint, node.span, **fields)
+    return builder.like(node, hint)

@@ -92,12 +92,6 @@ def renumbered(scan: N.Scan, operands: tuple[str, ...], initial: str) -> N.Scan:
     return scan.evolve(gates=gates, writes=writes, add=add, queries=queries, initial=initial, **bare)
 
 
-def copied(b: Builder, node: N.Node, hint: str = "") -> str:
-    """Add a node like this one to the graph under construction."""
-    fields = {f: getattr(node, f) for f in type(node).model_fields if f not in ("id", "kind", "span")}
-    return b.add(type(node), hint or node.id, node.span, **fields)
-
-
 def with_regions(graph: Graph, derive: Callable[[Graph, N.Scan], dict[str, Graph]]) -> Graph:
     """The graph, each scan with the graphs that are derived from it."""
     nodes = tuple(n.evolve(**derive(graph, n)) if isinstance(n, N.Scan) else n for n in graph.nodes)
