@@ -6,7 +6,6 @@ import builtins
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from chunkc.backends.body import matrix_scans
 from chunkc.backends.scan import scan_form
@@ -15,9 +14,10 @@ from chunkc.backends.triton.emit import emit_kernels, prefix_of
 from chunkc.backends.unit import UnitEmitter
 from chunkc.backends.writer import MODULE_NAMES, Lines, Writer, identifier, public
 from chunkc.ir import nodes as N
-from chunkc.ir.axes import Number
+from chunkc.ir.axes import Number, Size
 from chunkc.ir.diagnostics import SourceFile
 from chunkc.ir.graph import Graph, Unit
+from chunkc.ir.rewrite import Rebinding
 
 RUNTIME = Path(__file__).parent / "torch" / "runtime.py"
 CHECKS = Path(__file__).parent / "torch" / "checks.py"
@@ -46,31 +46,12 @@ def _chunks() -> str:
     return CHUNKS.read_text(encoding="utf-8").replace("from chunkc.backends.torch.runtime", "from ._runtime")
 
 
-AXIS_FIELDS = frozenset(
-    ("axes", "over", "to", "axis", "source", "target", "batch", "i", "j", "declared", "chunk", "within")
-)
-
-
 def _safe_names(unit: Unit) -> Unit:
     """The unit with axes and parameters whose names an emitted module uses itself renamed as identifiers are."""
-    taken = [*(a.name for a in unit.graph.axes), *(p.name for p in unit.params)]
-    names = {n: identifier(n) for n in taken if identifier(n) != n}
-    if not names:
-        return unit
-
-    def rename(value: Any, field: str) -> Any:
-        if isinstance(value, dict):
-            if value.get("op") == "param":
-                return {**value, "value": names.get(value["value"], value["value"])}
-            own = {"name", "space", "parent"} if value.get("kind") in ("time", "unordered", "size", "chunk") else set()
-            return {k: names.get(v, v) if k in own and isinstance(v, str) else rename(v, k) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            axes = field in AXIS_FIELDS and all(isinstance(v, str) for v in value)
-            return [names.get(v, v) if axes else rename(v, field) for v in value]
-        return names.get(value, value) if field in AXIS_FIELDS and isinstance(value, str) else value
-
+    axes = {a.name: identifier(a.name) for a in unit.graph.axes}
+    sizes = {p.name: Size(op="param", value=identifier(p.name)) for p in unit.params}
     params = tuple(p.evolve(name=identifier(p.name)) for p in unit.params)
-    return unit.evolve(graph=Graph.model_validate(rename(unit.graph.model_dump(), "graph")), params=params)
+    return unit.evolve(graph=Rebinding(axes, sizes).graph(unit.graph), params=params)
 
 
 def _torch(units: tuple[Unit, ...], lines: Lines) -> str:

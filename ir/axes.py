@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal, Self
+from functools import cache
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict
 
 Number = int | float | bool
 DType = Literal["float", "int", "bool", "complex"]
 AxisKind = Literal["time", "unordered", "size", "chunk"]
+_AXIS = object()
+AxisName = Annotated[str, _AXIS]  # a field of this type, or of several, is found by `axis_fields`
 
 
 class Frozen(BaseModel):
@@ -21,6 +24,16 @@ class Frozen(BaseModel):
     def evolve(self, **changes: object) -> Self:
         """A copy with fields changed, validated again."""
         return type(self).model_validate({f: getattr(self, f) for f in type(self).model_fields} | changes)
+
+
+@cache
+def axis_fields(cls: type[Frozen]) -> tuple[str, ...]:
+    """The fields of a class that hold the name of an axis, or several."""
+    return tuple(n for n, f in cls.model_fields.items() if _AXIS in f.metadata or _names_axes(f.annotation))
+
+
+def _names_axes(annotation: Any) -> bool:
+    return annotation is AxisName or any(_names_axes(a) for a in get_args(annotation))
 
 
 class SizeError(Exception):
@@ -137,11 +150,11 @@ class Axis(Frozen):
     `parent` is the axis that it groups (`hk = 4 groups h`) or cuts (`chunk c of t`).
     """
 
-    name: str
+    name: AxisName
     kind: AxisKind
     size: Size | None = None
-    space: str
-    parent: str | None = None
+    space: AxisName
+    parent: AxisName | None = None
 
     @property
     def is_sequence(self) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic_core.core_schema import is_instance_schema
 
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
@@ -13,6 +15,8 @@ from chunkc.ir.diagnostics import Span
 
 if TYPE_CHECKING:
     import networkx
+    from pydantic import GetCoreSchemaHandler
+    from pydantic_core import CoreSchema
 
 Level = Literal["semantic", "normal", "chunked", "fused"]
 
@@ -25,13 +29,20 @@ class Parameter(Frozen):
     default: int | float | bool | None = None
 
 
+class _Made:
+    """Says of a field that its values are nodes already: pydantic need not know how each kind would be made."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return is_instance_schema(N.Node)
+
+
 class Graph(Frozen):
     """Nodes in an order in which operands stand before their uses; `outputs` pairs names with ids.
 
     A node's regions (a recurrence's body, a parameter's initial value) are graphs themselves."""
 
     level: Level = "semantic"
-    nodes: tuple[N.AnyNode, ...] = ()
+    nodes: tuple[Annotated[N.AnyNode, _Made()], ...] = ()
     outputs: tuple[tuple[str, str], ...] = ()
     axes: tuple[Axis, ...] = ()
 

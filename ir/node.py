@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chunkc.ir.axes import DType, Frozen
+from chunkc.ir.axes import AxisName, DType, Frozen
 from chunkc.ir.diagnostics import Span
 
 
@@ -10,7 +10,7 @@ class Node(Frozen):
     """What all kinds share: a unique id, the axes and element type of the value, and where it stands in the spec."""
 
     id: str
-    axes: tuple[str, ...] = ()
+    axes: tuple[AxisName, ...] = ()
     dtype: DType = "float"
     span: Span | None = None
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from chunkc.ir import tiles as T
-from chunkc.ir.axes import DType, Frozen, Size
+from chunkc.ir.axes import AxisName, DType, Frozen, Size
 from chunkc.ir.diagnostics import Span
 from chunkc.ir.node import Node as Node
 from chunkc.ir.node import Unary
@@ -65,14 +65,14 @@ class Length(Node):
     """The length of a sequence axis: a number a sequence."""
 
     kind: Literal["length"] = "length"
-    axis: str
+    axis: AxisName
 
 
 class Coord(Node):
     """The coordinate along an axis. In a recurrence's body, that of the current step."""
 
     kind: Literal["coord"] = "coord"
-    axis: str
+    axis: AxisName
 
 
 class Segment(Node):
@@ -80,7 +80,7 @@ class Segment(Node):
     begins wherever `begins` holds. It has no value of its own: nodes name the chunks' axis, whose parent is cut."""
 
     kind: Literal["segment"] = "segment"
-    chunk: str
+    chunk: AxisName
     rule: Literal["fixed", "parts", "runs"]
     n: Size | None = None
     begins: str | None = None
@@ -98,7 +98,7 @@ class Bounds(Node):
 
     kind: Literal["bounds"] = "bounds"
     fn: Literal["of", "index", "first", "last", "length"]
-    chunk: str
+    chunk: AxisName
 
 
 class Map(Node):
@@ -122,8 +122,8 @@ class Reduce(Unary):
 
     kind: Literal["reduce"] = "reduce"
     fn: Literal["sum", "mean", "max", "min", "any"]
-    over: tuple[str, ...]
-    chunk: str | None = None
+    over: tuple[AxisName, ...]
+    chunk: AxisName | None = None
 
 
 class Normalize(Unary):
@@ -131,31 +131,31 @@ class Normalize(Unary):
 
     kind: Literal["normalize"] = "normalize"
     fn: Literal["softmax", "rms_norm", "layer_norm", "l2_norm"]
-    over: tuple[str, ...]
-    chunk: str | None = None
+    over: tuple[AxisName, ...]
+    chunk: AxisName | None = None
 
 
 class Expand(Unary):
     """A tensor over groups `source` read over the members `target`: equal runs, in order."""
 
     kind: Literal["expand"] = "expand"
-    source: str
-    target: str
+    source: AxisName
+    target: AxisName
 
 
 class Rename(Unary):
     """The same values under a second name of an axis."""
 
     kind: Literal["rename"] = "rename"
-    source: str
-    target: str
+    source: AxisName
+    target: AxisName
 
 
 class Shift(Unary):
     """`x[t = t - by]` along a sequence axis: row t - by, and 0 before the sequence starts (or after it ends)."""
 
     kind: Literal["shift"] = "shift"
-    axis: str
+    axis: AxisName
     by: Size
 
 
@@ -163,7 +163,7 @@ class Slice(Unary):
     """`x[a = at]` at one static position of an axis of fixed size; outside it, 0."""
 
     kind: Literal["slice"] = "slice"
-    axis: str
+    axis: AxisName
     at: Size
 
 
@@ -173,7 +173,7 @@ class Gather(Node):
     kind: Literal["gather"] = "gather"
     arg: str
     index: str
-    axis: str
+    axis: AxisName
 
     def operands(self) -> tuple[str, ...]:
         return (self.arg, self.index)
@@ -189,8 +189,8 @@ class Linear(Node):
     arg: str
     weight: str
     bias: str | None = None
-    over: tuple[str, ...]
-    to: tuple[str, ...]
+    over: tuple[AxisName, ...]
+    to: tuple[AxisName, ...]
 
     def operands(self) -> tuple[str, ...]:
         return (self.arg, self.weight) + ((self.bias,) if self.bias else ())
@@ -207,7 +207,7 @@ class Conv(Node):
     arg: str
     weight: str
     bias: str | None = None
-    axis: str
+    axis: AxisName
     width: Size
 
     def operands(self) -> tuple[str, ...]:
@@ -236,7 +236,7 @@ class Carried(Frozen):
     """A state of a recurrence: its name, axes and type, the outer value that it starts from, and the body's result."""
 
     name: str
-    axes: tuple[str, ...]
+    axes: tuple[AxisName, ...]
     dtype: DType = "float"
     initial: str | None = None
     result: str
@@ -254,8 +254,8 @@ class Recur(Node):
     """
 
     kind: Literal["recur"] = "recur"
-    axis: str
-    within: str | None = None
+    axis: AxisName
+    within: AxisName | None = None
     carried: tuple[Carried, ...]
     body: Graph
     reason: str = ""
@@ -312,13 +312,13 @@ class Scan(Node):
     """
 
     kind: Literal["scan"] = "scan"
-    axis: str
-    within: str | None = None
+    axis: AxisName
+    within: AxisName | None = None
     name: str
-    declared: tuple[str, ...]
-    batch: tuple[str, ...]
-    i: tuple[str, ...] = ()
-    j: tuple[str, ...] = ()
+    declared: tuple[AxisName, ...]
+    batch: tuple[AxisName, ...]
+    i: tuple[AxisName, ...] = ()
+    j: tuple[AxisName, ...] = ()
     algebra: Literal["sum-product", "max-plus"] = "sum-product"
     gates: tuple[Gate, ...] = ()
     writes: tuple[Write, ...] = ()

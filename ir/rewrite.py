@@ -1,4 +1,4 @@
-"""Nodes under other names of axes, sizes, parameters and states: how one graph becomes part of another."""
+"""Graphs under other names of axes, parameters and states: how one becomes part of another, or of a Python module."""
 
 from __future__ import annotations
 
@@ -6,50 +6,50 @@ from dataclasses import dataclass
 from typing import Any
 
 from chunkc.ir import nodes as N
-from chunkc.ir.axes import Axis, Frozen, Size
+from chunkc.ir.axes import Axis, Frozen, Size, axis_fields
 from chunkc.ir.graph import Graph
-
-AXIS_FIELDS = frozenset(("axes", "over", "to", "axis", "source", "target", "chunk", "within"))
 
 
 @dataclass(frozen=True)
 class Rebinding:
-    """New names: of axes, of parameters (each a size of the new graph), and a prefix for weights and states."""
+    """New names: of axes, and of parameters (each a size of the new graph); what is not in them keeps its name.
+
+    A graph that becomes part of another has a prefix for its weights and states, and its regions speak of the other
+    graph's axes, which are `declared`."""
 
     axes: dict[str, str]
     sizes: dict[str, Size]
-    prefix: str
-    declared: tuple[Axis, ...]
+    prefix: str = ""
+    declared: tuple[Axis, ...] | None = None
 
     def node(self, node: N.AnyNode | N.Node) -> N.Node:
-        """The node in the graph that it becomes part of; its operands keep their ids."""
-        changes: dict[str, Any] = {}
-        for name in type(node).model_fields:
-            value = getattr(node, name)
-            changes[name] = self.axis(value) if name in AXIS_FIELDS else self.value(value)
-        if isinstance(node, N.Param):
-            changes["name"] = f"{self.prefix}.{node.name}"
-        if isinstance(node, N.State):
-            changes["name"] = f"{self.prefix}_{node.name}"
-        return type(node).model_validate(changes)
+        """The node in the new graph; its operands keep their ids."""
+        new: N.Node = self.value(node)
+        return new
 
-    def axis(self, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        if isinstance(value, tuple):
-            return tuple(self.axes[a] for a in value)
-        return None if value is None else self.axes[value]
+    def graph(self, graph: Graph) -> Graph:
+        """The graph with all its regions."""
+        new: Graph = self.value(graph)
+        return new
 
     def value(self, value: Any) -> Any:
         if isinstance(value, Size):
             return value.substituted(self.sizes)
-        if isinstance(value, Graph):
-            nodes = tuple(self.node(n) for n in value.nodes)
-            return Graph.model_validate(
-                {"level": value.level, "nodes": nodes, "outputs": value.outputs, "axes": self.declared}
-            )
-        if isinstance(value, N.Carried):
-            fields = {f: getattr(value, f) for f in type(value).model_fields}
-            fields |= {"axes": self.axis(value.axes), "name": f"{self.prefix}_{value.name}"}
-            return N.Carried.model_validate(fields)
-        if isinstance(value, tuple) and value and isinstance(value[0], Frozen):
-            return tuple(self.value(v) for v in value)
-        return value
+        if isinstance(value, tuple):
+            return tuple(self.value(v) for v in value) if value and isinstance(value[0], Frozen) else value
+        if not isinstance(value, Frozen):
+            return value
+        own, cls = axis_fields(type(value)), type(value)
+        fields = {f: self.axis(v) if f in own else self.value(v) for f in cls.model_fields for v in [getattr(value, f)]}
+        if isinstance(value, Graph) and self.declared is not None:
+            fields["axes"] = self.declared
+        if self.prefix and isinstance(value, N.Param):
+            fields["name"] = f"{self.prefix}.{value.name}"
+        if self.prefix and isinstance(value, N.State | N.Carried | N.Scan):
+            fields["name"] = f"{self.prefix}_{value.name}"
+        return cls.model_validate(fields)
+
+    def axis(self, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if isinstance(value, tuple):
+            return tuple(self.axes.get(a, a) for a in value)
+        return None if value is None else self.axes.get(value, value)

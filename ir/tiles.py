@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from chunkc.ir.axes import Frozen
+from chunkc.ir.axes import AxisName, Frozen
 from chunkc.ir.node import Node, Unary
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ class Tile(Unary):
     gates are first raised to 2^-40 (`small`)."""
 
     kind: Literal["tile"] = "tile"
-    axis: str
-    to: tuple[str, ...]
+    axis: AxisName
+    to: tuple[AxisName, ...]
     log: Literal["", "given", "zero", "small"] = ""
     pad: float = 0.0
 
@@ -34,8 +34,8 @@ class Untile(Unary):
     """The tokens behind (tile, place) `over`, in order along the sequence axis."""
 
     kind: Literal["untile"] = "untile"
-    axis: str
-    over: tuple[str, ...]
+    axis: AxisName
+    over: tuple[AxisName, ...]
 
 
 class Span(Unary):
@@ -43,7 +43,7 @@ class Span(Unary):
 
     kind: Literal["span"] = "span"
     fn: Literal["before", "after", "whole"]
-    axis: str
+    axis: AxisName
 
 
 class Contract(Node):
@@ -52,7 +52,7 @@ class Contract(Node):
     kind: Literal["contract"] = "contract"
     left: str
     right: str
-    over: tuple[str, ...]
+    over: tuple[AxisName, ...]
 
     def operands(self) -> tuple[str, ...]:
         return (self.left, self.right)
@@ -65,8 +65,8 @@ class Strict(Unary):
     """What lies strictly below the diagonal: `column` is at an earlier place than `row`; elsewhere 0."""
 
     kind: Literal["strict"] = "strict"
-    row: str
-    column: str
+    row: AxisName
+    column: AxisName
 
 
 class Prefix(Node):
@@ -78,7 +78,7 @@ class Prefix(Node):
     kind: Literal["prefix"] = "prefix"
     a: str
     b: str
-    axis: str
+    axis: AxisName
     algebra: Literal["sum-product", "max-plus"] = "sum-product"
     reverse: bool = False
 
@@ -95,9 +95,9 @@ class Carry(Node):
     Results: S where each tile starts (for `reverse`: ends), and the last one. `i` and `j` are the state's sides."""
 
     kind: Literal["carry"] = "carry"
-    axis: str
-    i: tuple[str, ...] = ()
-    j: tuple[str, ...] = ()
+    axis: AxisName
+    i: tuple[AxisName, ...] = ()
+    j: tuple[AxisName, ...] = ()
     decay: str | None = None
     update: str
     initial: str
@@ -136,8 +136,8 @@ class Halving(Node):
     the later half of a block. Result k is total k with the body's parts added."""
 
     kind: Literal["halving"] = "halving"
-    axis: str
-    to: tuple[str, ...]
+    axis: AxisName
+    to: tuple[AxisName, ...]
     totals: tuple[str, ...]
     parts: tuple[Part, ...]
     body: Graph

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
+from chunkc.ir.axes import axis_fields
 from chunkc.ir.graph import Graph, Level, gather_axes, moved_axes
 from chunkc.ir.verify_tiles import KERNELS, TILES
 
-AXIS_FIELDS = ("axis", "over", "to", "source", "target", "batch", "i", "j", "declared", "row", "column")
-CHUNK_FIELDS = ("chunk", "within")
 SEVERAL = N.Recur | N.Scan | T.Prefix | T.Carry | T.Halving | T.Kernel  # kinds with several results
 
 
@@ -182,13 +181,12 @@ def axes_known(r: Region) -> Found:
             if other is not None and other not in r.graph.axis:
                 yield axis.name, f"axis '{other}' is unknown"
     for node in r.graph.nodes:
-        groups: list[tuple[str, ...]] = [node.axes]
+        groups: list[tuple[str, ...]] = []
+        for field in axis_fields(type(node)):
+            value = getattr(node, field)
+            groups.append((value,) if isinstance(value, str) else value or ())
         if isinstance(node, N.Param | N.Capture):  # a weight from an axis to itself is over that axis twice
             groups = [tuple(dict.fromkeys(node.axes))]
-        for field in AXIS_FIELDS:
-            value = getattr(node, field, ())
-            groups.append((value,) if isinstance(value, str) else value)
-        groups += [(x,) for field in CHUNK_FIELDS if (x := getattr(node, field, None)) is not None]
         if isinstance(node, N.Recur):
             groups += [c.axes for c in node.carried]
         for group in groups:
