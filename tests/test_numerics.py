@@ -107,6 +107,16 @@ def test_a_gate_near_0_keeps_its_digits(built: Any) -> None:
     check(errors(module, unit, Case(SETTINGS, [70], resume=True, values=values)), 0.1)
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.99, 0.999, 0.9999])
+@pytest.mark.parametrize("name", ["vector", "raw_key"])
+def test_equal_decays_near_1(built: Any, name: str, decay: float) -> None:
+    """A tile's product of equal decays must not err alike in each tile."""
+    module, unit = built(name)
+    values = {n: lambda shape: torch.full(shape, decay) for n in ("z", "f", "a") if n in unit.inputs}
+    assert values
+    check(errors(module, unit, Case({**SETTINGS, "dk": 8, "dv": 8}, [4097], values=values)), 0.5)
+
+
 NUMBERS = """causal op numbers(dk: int, n: int = 3, c: float = 0.5, flag: bool = true) {
   axes { t: time, i = dk, j = 4 }
   input k[t, i], v[t, j]

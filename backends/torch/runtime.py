@@ -351,6 +351,8 @@ def tile_scan(
         b = b.masked_fill(beyond, -math.inf)
     if reverse:
         a, b = a.flip(2), b.flip(2)
+    if not tropical:  # in float32, products of a tile's equal decays would all err alike, which adds up over the tiles
+        a = a.to(torch.promote_types(a.dtype, torch.float64))
     for half in reversed(list(levels())):  # inclusive scans of growing blocks
         (_, a_up), (_, b_up) = halves(a, half), halves(b, half)
         a_low, b_low = halves(a, half)[0][..., -1:, :], halves(b, half)[0][..., -1:, :]
@@ -358,14 +360,15 @@ def tile_scan(
             b_up.copy_(torch.maximum(a_up + b_low, b_up))
             a_up.add_(a_low)
         else:
-            b_up.addcmul_(a_up, b_low)
+            b_up.addcmul_(a_up.to(b.dtype), b_low)
             a_up.mul_(a_low)
-    state = initial.clone()
-    states = torch.empty_like(b[:, :, 0])
+    state, whole = initial.clone(), a[:, :, -1]
+    a, states = a.to(b.dtype), torch.empty_like(b[:, :, 0])
     for tile, active in seq.steps(reverse):
         states[tile] = state[active]
-        last_a, last_b = a[tile, :, -1], b[tile, :, -1]
-        state[active] = torch.maximum(last_a + state[active], last_b) if tropical else last_a * state[active] + last_b
+        last_a, last_b = whole[tile], b[tile, :, -1]
+        new = torch.maximum(last_a + state[active], last_b) if tropical else last_a * state[active] + last_b
+        state[active] = new.to(b.dtype)
     entering = states[:, :, None]
     inner = torch.maximum(a + entering, b) if tropical else a * entering + b
     out = torch.cat([entering, inner[:, :, :-1]], 2)

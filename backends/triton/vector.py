@@ -28,7 +28,10 @@ def vector_kernel(reverse: bool, tropical: bool) -> Kernel:
         b.let("mask", (token < stop).rows & has.cols)
         cell = b.let("cell", token.rows * "D" + col.cols)
         idle = ("0.0", 'float("-inf")') if tropical else ("1.0", "0.0")
-        a = b.let("a", call("tl.load", Expr("a_ptr") + cell, mask="mask", other=idle[0]))
+        a = call("tl.load", Expr("a_ptr") + cell, mask="mask", other=idle[0])
+        if not tropical:
+            b.note("in float32, products of a tile's equal decays would all err alike, which adds up over the tiles")
+        a = b.let("a", a if tropical else a.to("tl.float64"))
         x = b.let("b", call("tl.load", Expr("b_ptr") + cell, mask="mask", other=idle[1]))
         b.note("blocks of growing size: the later half takes over the end of the earlier one")
         with b.loop("level", "LEVELS", "levels") as level:
@@ -37,11 +40,11 @@ def vector_kernel(reverse: bool, tropical: bool) -> Kernel:
             source = b.let("source", call("tl.broadcast_to", source.rows, "(C, BD)"))
             low_a, low_b = call("tl.gather", a, source, 0), call("tl.gather", x, source, 0)
             low_b, low_a = b.let("low_b", low_b), b.let("low_a", low_a)
-            joined = call("tl.maximum", a + low_b, x) if tropical else a * low_b + x
+            joined = call("tl.maximum", a + low_b, x) if tropical else a.to("tl.float32") * low_b + x
             b.let("b", where(upper.rows, joined, x))
             b.let("a", where(upper.rows, a + low_a if tropical else a * low_a, a))
         entering = state.cols
-        after = call("tl.maximum", a + entering, x) if tropical else a * entering + x
+        after = call("tl.maximum", a + entering, x) if tropical else a.to("tl.float32") * entering + x
         after = b.let("after", after)
         previous = b.let("previous", call("tl.broadcast_to", call("tl.maximum", row - 1, 0).rows, "(C, BD)"))
         before = where(row.same(0).rows, entering, call("tl.gather", after, previous, 0))
