@@ -48,6 +48,7 @@ TILES = Rule("tiles", "in tiles, forward and backward", Chunk().derive)
 SAME = Rule("same", "the same statement on one token; along the sequence itself it looks ahead, and there is no step")
 HISTORY = Rule("history", "the state keeps the last tokens that it reads")
 POSITION = Rule("position", "the state keeps how many tokens there were")
+NONE = Rule("none", "it needs the whole sequence: there is no step")
 BODY = Rule("body", "its body once; the state keeps what it carries")
 STEP = Rule("step", "the reads, then the update", lambda graph, scan: {"step": step(graph, scan)})
 
@@ -55,7 +56,10 @@ TABLE: dict[type[N.Node], Row] = {
     N.Input: Row(LEAF, WHOLE, SAME),
     N.Param: Row(LEAF, WHOLE, SAME),
     N.Const: Row(CONSTANT, WHOLE, SAME),
+    N.Length: Row(CONSTANT, WHOLE, NONE),
     N.Coord: Row(CONSTANT, WHOLE, POSITION),
+    N.Segment: Row(CONSTANT, WHOLE, POSITION),
+    N.Bounds: Row(CONSTANT, WHOLE, POSITION),
     N.Map: Row(AUTOGRAD, WHOLE, SAME),
     N.Reduce: Row(AUTOGRAD, WHOLE, SAME),
     N.Normalize: Row(AUTOGRAD, WHOLE, SAME),
@@ -63,6 +67,7 @@ TABLE: dict[type[N.Node], Row] = {
     N.Rename: Row(AUTOGRAD, WHOLE, SAME),
     N.Shift: Row(AUTOGRAD, WHOLE, HISTORY),
     N.Slice: Row(AUTOGRAD, WHOLE, SAME),
+    N.Gather: Row(AUTOGRAD, WHOLE, SAME),
     N.Linear: Row(AUTOGRAD, WHOLE, SAME),
     N.Conv: Row(AUTOGRAD, WHOLE, HISTORY),
     N.Recur: Row(AUTOGRAD, TOKENS, BODY),

@@ -20,7 +20,7 @@ from chunkc.ir.graph import Unit
 from chunkc.ir.text import parse_graph, print_graph
 from chunkc.ir.verify import VerifyError, verify
 from chunkc.pipeline import run, upto
-from chunkc.rules import AUTOGRAD, CONSTANT, HISTORY, LEAF, POSITION, SAME, TABLE, TOKENS, WHOLE
+from chunkc.rules import AUTOGRAD, CONSTANT, HISTORY, LEAF, NONE, POSITION, SAME, TABLE, TOKENS, WHOLE
 
 AXES = "axes { t: time, s = t, d = d_model, e = d, h = 4, i = d_model / 4, hk = 2 groups h }"
 SCAN = """k[t, h, i] = linear(x)
@@ -41,13 +41,16 @@ CARRIED = """recurrence over t {
     state u[d]
     u = tanh(u) + x
   }
-  output u"""  # in each probe, so that it has a state and a step
+  output u"""  # in each probe that has a step, so that it has a state
 # A layer for each kind; in normal form it has a node of that kind, and an output that depends on it.
 PROBES: dict[type[N.Node], str] = {
     N.Input: "output y = x * x",
     N.Param: "param w[d] = uniform(-1, 1)\n  output y = w * x",
     N.Const: "output y = x * 0.5 + 3",
+    N.Length: "output y = x * size(t)",
     N.Coord: "output y = x * where(t > 3, 1, t)",
+    N.Segment: "chunk c of t = fixed(3)\n  recurrence over t within c {\n    state z[d]\n    z = z + x\n  }\n  output z",
+    N.Bounds: "chunk c of t = fixed(3)\n  output y = x * (first(c(t)) - t)",
     N.Map: "output y = tanh(x) * exp(x) - sigmoid(x)",
     N.Reduce: "output y = x * mean[d](x) + max[d](x)",
     N.Normalize: "output y = softmax[d](x) + rms_norm[d](x)",
@@ -55,6 +58,7 @@ PROBES: dict[type[N.Node], str] = {
     N.Rename: "output y = sum[e](x[d = e] * x)",
     N.Shift: "output y = x * x[t = t - 2]",
     N.Slice: "output y = x * x[d = 1]",
+    N.Gather: "output y = x * x[d = (t + 1) % 8]",
     N.Linear: "output y[t, d] = linear(x)",
     N.Conv: "output y = conv[t](x, 4)",
     N.Recur: "",
@@ -62,11 +66,12 @@ PROBES: dict[type[N.Node], str] = {
     N.Out: SCAN,
 }
 SIZES = {"d_model": 8}
-CONVENTIONS = {AUTOGRAD, CONSTANT, LEAF, WHOLE, TOKENS, SAME, HISTORY, POSITION}
+CONVENTIONS = {AUTOGRAD, CONSTANT, LEAF, WHOLE, TOKENS, NONE, SAME, HISTORY, POSITION}
 
 
 def source(kind: type[N.Node]) -> SourceFile:
-    text = f"layer Probe(d_model: int) {{\n  {AXES}\n  input x[t, d]\n  {PROBES[kind]}\n  {CARRIED}\n}}\n"
+    carried = "" if TABLE[kind].stream is NONE else CARRIED
+    text = f"layer Probe(d_model: int) {{\n  {AXES}\n  input x[t, d]\n  {PROBES[kind]}\n  {carried}\n}}\n"
     return SourceFile("probe.spec", text)
 
 
@@ -112,6 +117,7 @@ def test_interp(kind: type[N.Node]) -> None:
     normal = unit.evolve(graph=run(unit.graph, upto("normalize")))
     assert kind in {type(n) for n in normal.graph.nodes}
     needed = normal.graph.reachable(id_ for _, id_ in normal.graph.outputs)
+    needed |= {n.id for n in normal.graph.of_kind(N.Segment)}  # others name chunks by their axis
     assert any(isinstance(n, kind) and n.id in needed for n in normal.graph.nodes)
     inputs, weights = draw(unit, Case(SIZES, [9], dtype=torch.float64))
     settings = Run(SIZES, {**inputs, **weights}, {"t": 9})
@@ -163,6 +169,9 @@ def test_stream(modules: Any, kind: type[N.Node]) -> None:
     module: ModuleType = modules(kind)
     torch.manual_seed(0)
     layer = module.Probe(**SIZES, dtype=torch.float64)
+    if TABLE[kind].stream is NONE:
+        assert not hasattr(layer, "step")
+        return
     assert not probe(kind).looks_ahead
     x = torch.randn(2, 7, 8, dtype=torch.float64)
     *whole, _ = layer(x, state=layer.init_state(2, torch.float64))
