@@ -112,7 +112,7 @@ def _check_items(file: T.File, silenced: frozenset[str], report: Report, units: 
 class _UnitChecker(Recurrences):
     def __init__(self, unit: T.UnitDecl, report: Report, work: Work, silenced: frozenset[str],
                  known: Mapping[str, Symbol], later: frozenset[str]) -> None:  # fmt: skip
-        super().__init__(report, work, Scope(report, prelude.NAMES, silenced, known, later))
+        super().__init__(report, work, Scope(report, prelude.NAMES, silenced, known, later, unit.name))
         self.unit = unit
         self.x.unit_kind = unit.kind
         self.doc: list[str] = []

@@ -9,7 +9,19 @@ from dataclasses import replace
 
 from chunkc.dsl import prelude
 from chunkc.dsl import tree as T
-from chunkc.dsl.scope import AxisName, BodyValue, FunctionName, Scope, Setting, StateName, Stop, UnitName, Value, Work
+from chunkc.dsl.scope import (
+    AxisName,
+    BodyValue,
+    Broken,
+    FunctionName,
+    Scope,
+    Setting,
+    StateName,
+    Stop,
+    UnitName,
+    Value,
+    Work,
+)
 from chunkc.dsl.sizes import CONSTANTS, MAX_PARTS, Context, parts
 from chunkc.dsl.units import UnitCalls
 from chunkc.ir import nodes as N
@@ -58,7 +70,8 @@ class Expressions(UnitCalls):
             if isinstance(value, bool):
                 return c.builder.add(N.Const, "", e.span, size=Size.of(value), dtype="bool")
             return c.builder.const(value, e.span)
-        if e.text in prelude.FUNCTIONS or e.text in (*prelude.LATER, *prelude.RULES):
+        refused = isinstance(self.scope.names.get(e.text), Broken)
+        if not refused and (e.text in prelude.FUNCTIONS or e.text in (*prelude.LATER, *prelude.RULES)):
             self.report.error("not-a-value", f"'{e.text}' is a function: call it", e.span)
             return None
         symbol = self.scope.find(e)
@@ -115,6 +128,8 @@ class Expressions(UnitCalls):
         fn = ARITHMETIC.get(e.op) or BOOLEAN.get(e.op) or e.op
         if left is not None and right is not None:
             a, b = self.known(left, c), self.known(right, c)
+            if a is not None and b is not None and e.op == "/" and a.op == b.op == "const" and b.value:
+                return self.constant(Size.of(a.evaluate({}) / b.evaluate({})), e.span, c, False)
             if a is not None and b is not None and e.op in "+-*^" and parts(a) + parts(b) < MAX_PARTS:
                 whole = all(c.builder.nodes[x].dtype == "int" for x in (left, right)) and e.op != "^"
                 return self.constant(Size(op=e.op, args=(a, b)), e.span, c, whole)  # type: ignore[arg-type]

@@ -119,6 +119,7 @@ class Scope:
     silenced: frozenset[str] = frozenset()
     outside: Mapping[str, Symbol] = field(default_factory=dict)  # layers, ops and functions of this and used files
     later: frozenset[str] = frozenset()  # layers and ops that stand further down
+    own: T.Name | None = None  # the layer's or op's own
     names: dict[str, Symbol] = field(default_factory=dict)
 
     def declare(self, name: T.Name, symbol: Symbol) -> bool:
@@ -126,6 +127,7 @@ class Scope:
         if name.text in self.reserved:
             self.report.error("name-taken", f"'{name.text}' is a function of the language", name.span,
                               hints=("choose another name",))  # fmt: skip
+            self.names[name.text] = Broken(name.span)
             return False
         old = self.names.get(name.text)
         if old is not None:
@@ -147,6 +149,10 @@ class Scope:
             if name.text in self.later:
                 self.report.error("unknown-name", f"'{name.text}' is defined further down", name.span,
                                   hints=("define it before it is used",))  # fmt: skip
+                return None
+            if self.own is not None and name.text == self.own.text:
+                self.report.error("recursive", f"'{name.text}' calls itself", name.span,
+                                  related=((self.own.span, "declared here"),))  # fmt: skip
                 return None
             known = [*self.names, *self.outside, *self.reserved]
             short = len(known) < MAX_NEAR and len(name.text) < 64

@@ -189,7 +189,7 @@ layer Lact(d_model: int, heads: int = 2, length: int = 8) {
     R = tanh(R + w * p)
   }
   r = R[p = k - 1]
-  u = max(copy, max(1, 2)) + 2 ^ 0.5
+  u = max(copy, max(1, 2)) + 2 ^ (1 / 2)
   output S, o, a, r, u
   output y0 = re(q), y1 = im(q), y2 = one, y3 = copy * o
   output first_[d] = r[t = 0], before[d] = r[t = -1]

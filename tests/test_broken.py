@@ -62,6 +62,8 @@ SYNTAX = [
 ]
 
 NAMES = [
+    ("a refused name that is used", body("«sum» = x * 2\noutput sum"), "name-taken"),
+    ("a layer that calls itself", body("output y = «A»(x, c)"), "recursive"),
     ("an unknown name", body("output y = x + «xx»"), "unknown-name"),
     ("an unknown function", body("output y = «sigmoids»(x)"), "unknown-name"),
     ("an unknown axis", body("output y[t, «b»] = x"), "unknown-name"),

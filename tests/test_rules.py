@@ -49,7 +49,7 @@ PROBES: dict[type[N.Node], str] = {
     N.Const: "output y = x * 0.5 + 3",
     N.Length: "output y = x * size(t)",
     N.Coord: "output y = x * where(t > 3, 1, t)",
-    N.Segment: "chunk c of t = fixed(3)\n  recurrence over t within c {\n    state z[d]\n    z = z + x\n  }\n  output z",
+    N.Segment: "chunk c of t = fixed(3)\n recurrence over t within c {\n  state z[d]\n  z = z + x\n }\n output z",
     N.Bounds: "chunk c of t = fixed(3)\n  output y = x * (first(c(t)) - t)",
     N.Map: "output y = tanh(x) * exp(x) - sigmoid(x)",
     N.Reduce: "output y = x * mean[d](x) + max[d](x)",
