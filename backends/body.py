@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from chunkc.backends.attend import Form, Tile, call
 from chunkc.backends.expressions import next_name, state_name
 from chunkc.backends.layout import EACH, generic
 from chunkc.backends.loops import Loops
@@ -29,6 +30,7 @@ class Body(Loops):
         self.states = [f for f in fields(self.graph) if f.kind == "state"]
         self.started: set[str] = set()
         self.fields = {f.node: f for f in fields(self.graph) if f.kind != "state" and f.node}
+        self.attentions: Mapping[str, list[Tile]] = {}
         self.whole = False  # whether calls start anew: then nothing is kept for the next one
 
     def text(self, graph: Graph, id_: str) -> tuple[str, int]:
@@ -73,7 +75,7 @@ class Body(Loops):
             return False
         if isinstance(node, N.Reduce) and self.over_sequence(node):
             return False
-        if len(users) != 1 or isinstance(users[0], N.Recur | N.Scan | N.Segment):
+        if len(users) != 1 or isinstance(users[0], N.Recur | N.Scan | N.Segment | N.Attend):
             return False
         if isinstance(node, N.Map) and self.folded(graph, node.id, users[0]):
             return True
@@ -109,6 +111,8 @@ class Body(Loops):
                 self.recur(node)
             elif isinstance(node, N.Segment):
                 self.segment(node)
+            elif isinstance(node, N.Attend):
+                self.attention(node)
             elif not isinstance(node, N.Out) and not self.inline(
                 self.graph, node, self.users_in(self.graph)[node.id], kept
             ):
@@ -169,6 +173,16 @@ class Body(Loops):
             made = f"Chunks.{node.rule}({seq}, {n}{f', {start}' if node.rule == 'fixed' else ''})"
         self.w(f"{name} = {made}  # {self.lines.place(node.span)}")
         self.w(f"{self.seq(node.chunk)} = {name}.own")
+
+    def attention(self, node: N.Attend) -> None:
+        form = Form(self, node)
+        cached = {
+            name: (state_name(field.name), next_name(field.name))
+            for name, field in ((n, self.fields.get(f"{node.id}/{n}")) for n in form.captured())
+            if field is not None and not self.whole
+        }
+        start = self.start(node.query) if node.query is not None else "None"
+        call(self, form, self.attentions[node.id], cached, start)
 
     def outs(self, node: N.AnyNode) -> dict[int, N.Out]:
         return {u.index: u for u in self.users_in(self.graph)[node.id] if isinstance(u, N.Out)}

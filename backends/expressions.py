@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chunkc.backends.layout import EACH, INNER, NOWHERE, Layout, held
+from chunkc.backends.layout import EACH, INNER, LETTERS, NOWHERE, Layout, held
 from chunkc.backends.writer import identifier
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Graph
@@ -12,10 +12,9 @@ CALLS = {
     "silu": "F.silu({})", "gelu": "F.gelu({})", "relu": "torch.relu({})", "softplus": "F.softplus({})",
     "logsigmoid": "F.logsigmoid({})", "inv_softplus": "inv_softplus({})", "abs": "torch.abs({})",
     "floor": "torch.floor({}).long()", "stop": "({}).detach()", "sin": "torch.sin({})", "cos": "torch.cos({})",
-    "re": "torch.real({})", "im": "torch.imag({})",
+    "re": "torch.real({})", "im": "torch.imag({})", "erf": "torch.erf({})",
 }  # fmt: skip
 INFIX = {"+": 4, "-": 4, "*": 5, "/": 5, "%": 5, "<": 3, "<=": 3, ">": 3, ">=": 3, "==": 3, "!=": 3, "and": 2, "or": 1}
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 class Expressions(Layout):
@@ -95,6 +94,8 @@ class Expressions(Layout):
             return f"{seq}.conv({self.text(graph, node.arg)[0]}, {w}, {b}, {self.history(node)})"
         if isinstance(node, N.Gather):
             return self.gather(graph, node)
+        if isinstance(node, N.Scatter):
+            return self.scatter(graph, node)
         raise NotImplementedError(node.kind)
 
     # -- elementwise -------------------------------------------------------------------------------------------------
@@ -316,6 +317,18 @@ class Expressions(Layout):
         lead = len(self.lead(self.home(graph, node.id)))
         order = ", ".join([*map(str, range(lead)), *(str(lead + have.index(a)) for a in wanted)])
         return f"{text}.permute({order})"
+
+    def scatter(self, graph: Graph, node: N.Scatter) -> str:
+        kept = [a for a in graph[node.arg].axes if a in node.axes]
+        gone = [a for a in graph[node.arg].axes if a not in node.axes]
+        home = self.home(graph, node.id)
+        x, index = (self.aligned(graph, a, (*kept, *gone), home)[0] for a in (node.arg, node.index))
+        text = f"scatter({x}, {index}, {node.axis}, {len(self.lead(home)) + len(kept)})"
+        have = [*kept, node.axis]
+        if have == list(node.axes):
+            return text
+        lead = len(self.lead(home))
+        return f"{text}.permute({', '.join(map(str, [*range(lead), *(lead + have.index(a) for a in node.axes)]))})"
 
     def ordered(self, graph: Graph, id_: str, axes: list[str]) -> tuple[str, int]:
         """A value with just these of its axes, in this order; a number as a tensor."""

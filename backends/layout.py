@@ -12,6 +12,7 @@ from chunkc.backends.writer import Lines, Writer, identifier, is_name
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Graph, Unit
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 EACH = "each sequence"
 INNER = "positions of a chunk"
 NOWHERE = ""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from chunkc.backends.body import matrix_scans
 from chunkc.backends.scan import scan_form
+from chunkc.backends.torch.pairs import attentions
 from chunkc.backends.torch.scan import emit_scan
 from chunkc.backends.triton.emit import emit_kernels, prefix_of
 from chunkc.backends.unit import UnitEmitter
@@ -22,6 +23,7 @@ from chunkc.ir.rewrite import Rebinding
 RUNTIME = Path(__file__).parent / "torch" / "runtime.py"
 CHECKS = Path(__file__).parent / "torch" / "checks.py"
 CHUNKS = Path(__file__).parent / "torch" / "chunks.py"
+ATTEND = Path(__file__).parent / "torch" / "attend.py"
 
 
 def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[str, Number]) -> dict[str, str]:
@@ -37,13 +39,14 @@ def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[st
         "_kernels.py": head + "\n" + emit_kernels(units, lines),
         "_checks.py": CHECKS.read_text(encoding="utf-8"),
         "_runtime.py": RUNTIME.read_text(encoding="utf-8"),
-        **({"_chunks.py": _chunks()} if any(u.graph.of_kind(N.Segment) for u in units) else {}),
+        **({"_chunks.py": _beside(CHUNKS)} if any(u.graph.of_kind(N.Segment) for u in units) else {}),
+        **({"_attend.py": _beside(ATTEND)} if any(u.graph.of_kind(N.Attend) for u in units) else {}),
     }
 
 
-def _chunks() -> str:
-    """The chunks at run time, which import the sequences from beside them."""
-    return CHUNKS.read_text(encoding="utf-8").replace("from chunkc.backends.torch.runtime", "from ._runtime")
+def _beside(path: Path) -> str:
+    """A module of the run time that imports the sequences from beside it."""
+    return path.read_text(encoding="utf-8").replace("from chunkc.backends.torch.runtime", "from ._runtime")
 
 
 def _safe_names(unit: Unit) -> Unit:
@@ -59,13 +62,19 @@ def _torch(units: tuple[Unit, ...], lines: Lines) -> str:
     w("from __future__ import annotations")
     w()
     forms = [(u, s) for u in units for s in matrix_scans(u.graph)]
-    if forms:
+    tiles = [t for u in units for each in attentions(u, prefix_of(u, units), lines).values() for t in each]
+    words = set(re.findall(r"\w+", "".join(t.text for t in tiles)))
+    if forms or tiles:
         w("from typing import Any")
         w()
         w("import torch")
         w("from torch import Tensor")
+        if "F" in words:
+            w("from torch.nn import functional as F")
         w()
-    used = ["max_plus_scan", "vector_scan"]
+    if "wide" in words:
+        w("from ._attend import wide")
+    used = ["max_plus_scan", "vector_scan", *(n for n in RUNTIME_NAMES if n in words)]
     if forms:
         used += ["LOG_SMALL", "once", "Sequences", "after", "before", "halves", "levels", "log_gate"]
     w(f"from ._runtime import {', '.join(sorted(used))}")
@@ -77,6 +86,10 @@ def _torch(units: tuple[Unit, ...], lines: Lines) -> str:
         w()
         w()
         emit_scan(scan_form(scan, _axes(unit.graph), prefix_of(unit, units)), lines, w)
+    for tile in tiles:
+        w()
+        w()
+        w.lines += tile.text.rstrip().splitlines()
     return w.text()
 
 
@@ -97,7 +110,7 @@ CHECK_NAMES = (
 RUNTIME_NAMES = (
     "Sequences", "Weights", "along_valid", "axis_size", "complex_type", "compute_dtype", "exact", "inv_softplus",
     "l2_norm", "lay", "layer_norm", "linear", "masked", "over_valid", "rms_norm", "row_of", "softmax", "stopped",
-    "take", "use_kernels",
+    "scatter", "take", "use_kernels",
 )  # fmt: skip
 
 
@@ -127,6 +140,8 @@ def _modules(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines,
     w()
     w("from . import _torch")
     w(f"from ._checks import {', '.join(n for n in CHECK_NAMES if n in used)}")
+    if any(u.graph.of_kind(N.Attend) for u in units):
+        w("from ._attend import Places, Source, attend")
     if any(u.graph.of_kind(N.Segment) for u in units):
         w("from ._chunks import Chunks")
     w("from ._runtime import (")
@@ -175,4 +190,5 @@ def _module_body(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Li
     for unit, given in zip(units, names):
         w()
         w()
-        UnitEmitter(unit, given, lines, w, settings, prefix_of(unit, units)).emit()
+        prefix = prefix_of(unit, units)
+        UnitEmitter(unit, given, lines, w, settings, prefix, attentions(unit, prefix, lines)).emit()

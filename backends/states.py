@@ -16,16 +16,19 @@ WHAT = {
     "state": "a recurrence's state",
     "history": "the last tokens that a shift or convolution reads",
     "running": "a reduction over the chunk that may go on",
+    "cache": "the rows that an attention read so far, P of them or fewer",
 }
 
 
 @dataclass(frozen=True)
 class StateField:
-    """A field of a unit's state [N, (rows,) axes]; `node` is the one whose state it is, or from which it starts."""
+    """A field of a unit's state [N, (rows,) axes]; `node` is the one whose state it is, or from which it starts.
+
+    A cache has no rows at first, and as many as were seen later."""
 
     name: str
     axes: tuple[str, ...]
-    kind: Literal["state", "history", "running"] = "state"
+    kind: Literal["state", "history", "running", "cache"] = "state"
     node: str | None = None
     rows: str | None = None
     dtype: DType = "float"
@@ -79,10 +82,22 @@ def running(graph: Graph) -> list[StateField]:
     return out
 
 
+def caches(graph: Graph) -> list[StateField]:
+    """The rows of attentions: what each of their bodies captures over rows."""
+    out: list[StateField] = []
+    for node in graph.of_kind(N.Attend):
+        over = {s.axis for s in node.sources}
+        for n in node.body.of_kind(N.Capture):
+            if over & set(n.axes):
+                axes = tuple(a for a in n.axes if a not in over)
+                out.append(StateField(_unused(n.outer, "rows", []), axes, "cache", f"{node.id}/{n.id}", "0", n.dtype))
+    return out
+
+
 def fields(graph: Graph) -> list[StateField]:
     """All fields, in the order of a unit's state."""
     out: list[StateField] = []
-    for f in [*states(graph), *histories(graph), *running(graph)]:
+    for f in [*states(graph), *histories(graph), *running(graph), *caches(graph)]:
         name, n = f.name, 1
         while any(x.name == name for x in out):
             n += 1
@@ -95,7 +110,7 @@ def positioned(graph: Graph) -> bool:
     """Whether results depend on the position of the first token."""
     regions = [graph, *(n.body for n in graph.of_kind(N.Recur))]
     return any(
-        isinstance(n, N.Segment) or isinstance(n, N.Coord) and graph.axis[n.axis].kind in ("time", "chunk")
+        isinstance(n, N.Segment | N.Attend) or isinstance(n, N.Coord) and graph.axis[n.axis].kind in ("time", "chunk")
         for g in regions for n in g.nodes
     )  # fmt: skip
 
@@ -112,6 +127,8 @@ def whole_reason(unit: Unit) -> str:
             return "a reduction is over the whole sequence"
         if isinstance(node, N.Normalize) and any(graph.axis[a].is_sequence for a in node.over):
             return "a normaliser is along the sequence"
+        if isinstance(node, N.Attend) and (why := _attend_reason(unit, node)):
+            return why
         if isinstance(node, N.Length):
             return "it depends on the sequence's length"
         if why := _chunk_reason(graph, node, rules):
@@ -125,6 +142,16 @@ def whole_reason(unit: Unit) -> str:
         if isinstance(node, N.Recur) and graph.axis[node.axis].kind == "size" and _moves(graph, node.body):
             return "a step of a recurrence reads other positions of the sequence"
     return ""
+
+
+def _attend_reason(unit: Unit, node: N.Attend) -> str:
+    """Why the rows of the calls before are not enough for an attention."""
+    for axis in (s.axis for s in node.sources):
+        if axis is not None and (
+            node.query is None or unit.graph.axis[axis].space != unit.graph.axis[node.query].space
+        ):
+            return f"an attention reads rows over {axis}"
+    return "an attention looks ahead" if unit.looks_ahead else ""
 
 
 def _chunk_reason(graph: Graph, node: N.AnyNode, rules: dict[str, str]) -> str:

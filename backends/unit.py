@@ -6,6 +6,7 @@ import keyword
 import math
 from collections.abc import Mapping, Sequence
 
+from chunkc.backends.attend import Tile
 from chunkc.backends.body import Body, param_name
 from chunkc.backends.layout import EACH, NOWHERE, sequence_names
 from chunkc.backends.states import WHAT, StateField, fields, positioned, states, whole_reason
@@ -34,8 +35,8 @@ class UnitEmitter:
     """One layer as an nn.Module, or one op as a function."""
 
     def __init__(self, unit: Unit, names: dict[str, str], lines: Lines, w: Writer, settings: Mapping[str, Number],
-                 prefix: str) -> None:  # fmt: skip
-        self.unit, self.lines, self.w, self.prefix = unit, lines, w, prefix
+                 prefix: str, attentions: Mapping[str, list[Tile]]) -> None:  # fmt: skip
+        self.unit, self.lines, self.w, self.prefix, self.attentions = unit, lines, w, prefix, attentions
         self.graph, self.given_names = unit.graph, names
         self.name = public(unit.name)
         self.params = [
@@ -101,11 +102,13 @@ class UnitEmitter:
 
     def field_docs(self) -> None:
         for f in self.fields:
-            dims = ", ".join(["N", *([f.rows] if f.rows else []), *f.axes])
+            rows = "P" if f.kind == "cache" else f.rows
+            dims = ", ".join(["N", *([rows] if rows else []), *f.axes])
             self.w(f"{public(f.name)}: [{dims}], {WHAT[f.kind]}.")
 
-    def field_shape(self, f: StateField, count: str = "seq.count") -> str:
-        return f"({', '.join([count, *([f.rows] if f.rows else []), *f.axes])},)"
+    def field_shape(self, f: StateField, count: str, rows: str | None = None) -> str:
+        rows = rows if f.kind == "cache" and rows else f.rows
+        return f"({', '.join([count, *([rows] if rows else []), *f.axes])},)"
 
     # -- sizes -------------------------------------------------------------------------------------------------------
 
@@ -316,6 +319,7 @@ class UnitEmitter:
                 dtype = "ct" if n.dtype == "float" else "complex_type(ct)"
                 w(f"{identifier(n.name)} = {identifier(n.name)}.to({dtype})")
         self.printer = Body(self.unit, self.lines, w, owner, self.prefix)
+        self.printer.attentions = self.attentions
         self.printer.attribute = self.attribute if owner else param_name
         self.printer.whole = bool(self.whole)
         self.printer.emit()
@@ -403,7 +407,7 @@ class UnitEmitter:
                 if self.unit.kind == "op":
                     value = "initial_state" if total == 1 else f"initial_state[{k}]"
                 kind = "" if f.dtype == "float" else f', "{f.dtype}"'
-                w(f'check_state("{who}", "{f.name}", {value}, {self.field_shape(f, "count")}, {first}{kind})')
+                w(f'check_state("{who}", "{f.name}", {value}, {self.field_shape(f, "count", "None")}, {first}{kind})')
             if self.position:
                 w(f'check_position("{who}", initial_state[{len(self.fields)}], count, {first})')
 

@@ -51,21 +51,29 @@ class Lines:
 
 # Names that an emitted module uses for itself.
 _MODULE_NAMES = """
-torch nn F math Tensor ModuleType NamedTuple dataclass self seq scans ct device dtype given start count state
-new check cu_seqlens initial_state output_final_state position step factory batch float int bool len tuple super
-next range Sequences Weights axis_size check_offsets check_packing check_state check_tensors check_values
-compute_dtype exact inv_softplus l2_norm lay layer_norm linear rms_norm softmax stopped use_kernels length
-row_of complex_type along_valid over_valid take check_position Chunks masked
-index any tl triton masked_sum vector vector_reverse max_plus before after halves levels log_gate ValueError
+torch nn F math Tensor ModuleType NamedTuple dataclass self seq scans ct device dtype given start count state new
+check cu_seqlens initial_state output_final_state position step factory batch float int bool len tuple super next
+range Sequences Weights axis_size check_offsets check_packing check_state check_tensors check_values compute_dtype
+exact inv_softplus l2_norm lay layer_norm linear rms_norm softmax stopped use_kernels length row_of complex_type
+Places Source attend scatter wide at at_rows d_logit d_value queries along_valid over_valid take check_position
+Chunks masked os once states Any Generator index any tl triton masked_sum vector vector_reverse max_plus before
+after halves levels log_gate ValueError
 """
 MODULE_NAMES = frozenset(_MODULE_NAMES.split())
 
 
+# What an emitted module calls the states, pointers and functions that it makes of others.
+_MADE = re.compile(r"(next|state|now|new|score|chunks|seq)_\w+|\w+_(ptr|Scan|scan|step|scores|gradients|seen)")
+
+
 def identifier(name: str) -> str:
-    """A Python identifier for a spec's name: keywords and names of the emitted module get an underscore behind.
+    """A Python identifier for a spec's name: keywords and names of the emitted module get an underscore behind, names
+    like those that it makes of others one in front.
 
     So does such a name that has one already: two names of a spec never become one."""
     clean = re.sub(r"\W", "_", name)
+    if _MADE.fullmatch(clean):
+        return f"_{clean}"
     base = clean.rstrip("_")
     reserved = keyword.iskeyword(base) or base in MODULE_NAMES
     return clean + "_" if reserved else clean

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from chunkc.backends.states import whole_reason
+from chunkc.backends.states import caches, whole_reason
 from chunkc.driver import Compiled
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
@@ -52,6 +52,7 @@ def _unit(source: SourceFile, semantic: Unit, unit: Unit) -> dict[str, Any]:
                    for n in graph.of_kind(N.Segment)],
         "sizes": {a.name: a.size.text() for a in graph.axes if a.size is not None},
         "recurrences": list(_recurrences(source, graph)),
+        "attentions": [_attention(source, graph, n) for n in graph.of_kind(N.Attend)],
         "operations": _cost_data(operations(graph)),
         "least_elements": _cost_data(elements(graph)),
         "least_bytes": {dtype: _cost_data(bytes_moved(graph, size)) for dtype, size in BYTES.items()},
@@ -159,6 +160,22 @@ def _state(graph: Graph, name: str, axes: tuple[str, ...]) -> dict[str, Any]:
     return {"name": name, "axes": list(axes), "elements": _cost_data({_fixed(graph, axes): 1})}
 
 
+def _attention(source: SourceFile, graph: Graph, node: N.Attend) -> dict[str, Any]:
+    """An attention: its sources, and the operations for each query and row that meet."""
+    sources = []
+    for s in node.sources:
+        parts = {n.id: n for n in node.body.nodes}
+        mask = None if s.mask is None else _place(source, parts[s.mask].span)
+        needed = node.body.reachable(id_ for id_ in (s.logit, s.value, s.mask) if id_ is not None)
+        cost = operations(node.body.evolve(nodes=tuple(n for n in node.body.nodes if n.id in needed)))
+        if s.value is not None:
+            _add(cost, 2, graph, (*node.logit_axes(), *parts[s.value].axes))
+        sources.append({"rows": s.axis, "mask": mask, "operations": _cost_data(cost)})
+    kept = [{"name": f.name, "axes": list(f.axes)} for f in caches(graph) if (f.node or "").startswith(f"{node.id}/")]
+    return {"name": node.id, "line": _place(source, node.span), "queries": node.query, "sources": sources,
+            "keeps": kept}  # fmt: skip
+
+
 # -- cost --------------------------------------------------------------------------------------------------------------
 
 Cost = dict[tuple[str, ...], int]  # how many times the product of these axes' sizes
@@ -248,6 +265,8 @@ def render_facts(found: list[dict[str, Any]]) -> str:
             out.append(f"  chunks  {c['name']} of {c['of']}: {c['rule']}  ({c['line']})")
         for r in unit["recurrences"]:
             out += _render_recurrence(r)
+        for a in unit["attentions"]:
+            out += _render_attention(a, bool(unit["whole_because"]))
         out.append(f"  a token takes {_cost_text(unit['operations'])} operations")
         out.append(f"  and moves at least {_cost_text(unit['least_elements'])} elements: "
                    f"{_cost_text(unit['least_bytes']['bfloat16'])} bytes in bfloat16")  # fmt: skip
@@ -255,6 +274,19 @@ def render_facts(found: list[dict[str, Any]]) -> str:
         out.append(f"  step(): {'yes' if unit['step'] else f'no, {why}'}")
         out.append("")
     return "\n".join(out).rstrip() + "\n"
+
+
+def _render_attention(a: dict[str, Any], whole: bool) -> list[str]:
+    out = [f"  {a['name']}: attention  ({a['line']})"]
+    for s in a["sources"]:
+        rows = f"over {s['rows']}" if s["rows"] else "one row"
+        mask = f", those that the mask lets be seen  ({s['mask']})" if s["mask"] else ""
+        out.append(f"    rows        {rows}{mask}")
+        out.append(f"                {_cost_text(s['operations'])} operations for a query and a row")
+    if a["keeps"] and not whole:
+        kept = ", ".join(f"{k['name']}[{', '.join(k['axes'])}]" for k in a["keeps"])
+        out.append(f"    state       {kept} of every token so far")
+    return out
 
 
 def _render_recurrence(r: dict[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "logsigmoid": lambda x: -torch.logaddexp(-x, torch.zeros_like(x)), "abs": torch.abs, "neg": torch.neg,
     "inv_softplus": lambda x: x + torch.log(-torch.expm1(-x)), "floor": lambda x: torch.floor(x).long(),
     "not": torch.logical_not, "stop": torch.Tensor.detach, "sin": torch.sin, "cos": torch.cos, "re": torch.real,
-    "im": torch.imag,
+    "im": torch.imag, "erf": torch.erf,
 }  # fmt: skip
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "+": torch.add, "-": torch.sub, "*": torch.mul, "/": torch.true_divide, "%": torch.remainder, "pow": torch.pow,
@@ -147,6 +147,8 @@ class Interpreter:
             return v[node.arg]
         if isinstance(node, N.Shift | N.Slice | N.Gather):
             return self.moved(node)
+        if isinstance(node, N.Scatter):
+            return self.scatter(node)
         if isinstance(node, N.Linear):
             return self.linear(node)
         if isinstance(node, N.Conv):
@@ -157,6 +159,8 @@ class Interpreter:
         if isinstance(node, N.Scan):
             self.results[node.id] = self.scan(node)
             return torch.zeros(())
+        if isinstance(node, N.Attend):
+            return self.attend(node)
         if isinstance(node, N.GateGradient):
             return self.gate_gradient(node)
         if isinstance(node, over_tiles.SEVERAL):
@@ -318,6 +322,15 @@ class Interpreter:
         picked = x.expand(n, *sizes).gather(0, index.clamp(0, n - 1)[None])[0]
         return torch.where((index >= 0) & (index < n), picked, torch.zeros((), dtype=x.dtype))
 
+    def scatter(self, node: N.Scatter) -> Tensor:
+        """Each element of the operand, added at the position that its index names."""
+        have = self.graph[node.arg].axes
+        x, index = self.values[node.arg], self.aligned(node.index, have).expand(self.values[node.arg].shape)
+        out = torch.stack([torch.where(index == n, x, 0.0).sum([k for k, a in enumerate(have) if a not in node.axes])
+                           for n in range(self.size(node.axis))])  # fmt: skip
+        kept = (node.axis, *(a for a in have if a in node.axes))
+        return out.permute([kept.index(a) for a in node.axes])
+
     def linear(self, node: N.Linear) -> Tensor:
         axes = self.graph[node.arg].axes
         kept = [a for a in axes if a not in node.over]
@@ -339,6 +352,37 @@ class Interpreter:
         if node.bias is not None:
             out = out + self.values[node.bias]
         return out.movedim(0, axes.index(node.axis))
+
+    # -- attention ---------------------------------------------------------------------------------------------------
+
+    def attend(self, node: N.Attend) -> Tensor:
+        """All queries against all rows at once."""
+        body = self.inner(node.body)
+        for n in node.body.of_kind(N.Capture):
+            body.values[n.id] = self.values[n.outer]
+
+        def seen(id_: str | None, axis: str | None, idle: Number) -> Tensor:
+            """A value of the body over the attention's axes, ones where it lacks one, and its rows."""
+            if id_ is None:
+                return torch.tensor(idle)
+            body.value(id_)
+            x = body.aligned(id_, node.axes if axis is None else (*node.axes, axis))
+            return x if axis is not None else x[..., None]
+
+        parts = []
+        for s in node.sources:
+            logit, value, mask = (
+                seen(*x) for x in ((s.logit, s.axis, 0), (s.value, s.axis, 0), (s.mask, s.axis, True))
+            )
+            parts.append((torch.where(mask, logit.to(self.run.dtype), -math.inf), value.to(self.run.dtype)))
+        found = [x.detach().amax(-1) for x, _ in parts if x.shape[-1]]
+        most = found[0] if found else torch.tensor(0.0)
+        for other in found[1:]:
+            most = torch.maximum(most, other)
+        most = torch.where(torch.isinf(most), 0.0, most)[..., None]
+        total = sum((torch.exp(x - most).sum(-1) for x, _ in parts), torch.tensor(0.0, dtype=self.run.dtype))
+        read = sum(((torch.exp(x - most) * v).sum(-1) for x, v in parts), torch.tensor(0.0, dtype=self.run.dtype))
+        return (read / torch.where(total == 0, 1.0, total)).expand([self.size(a) for a in node.axes])
 
     # -- recurrences -------------------------------------------------------------------------------------------------
 

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Graph
 from chunkc.passes.chunk import Chunk
 from chunkc.passes.differentiate import vjp
+from chunkc.passes.pairs import derived
 from chunkc.passes.stream import step
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule by name, what it says, and what it derives from a scan, by the name of the scan's field."""
+    """A rule by name, what it says, and what it derives from a node, by the name of the node's field."""
 
     name: str
     says: str
-    derive: Callable[[Graph, N.Scan], dict[str, Graph]] | None = None
+    derive: Callable[[Graph, Any], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,21 @@ LEAF = Rule("leaf", "it receives the gradient")
 ADJOINT = Rule("adjoint", "the reversed scan, and the scan with other queries",
                lambda graph, scan: {"backward": vjp(graph, scan)})  # fmt: skip
 
+PAIRS = Rule("pairs", "weights again from their sums; each source's gradients, added up over tiles",
+             lambda graph, attend: {"sources": derived(attend).sources})  # fmt: skip
+
 WHOLE = Rule("whole", "all tokens at once, in memory in proportion to them")
 TOKENS = Rule("tokens", "a token at a time, for the reason that it carries")
 TILES = Rule("tiles", "in tiles, forward and backward", Chunk().derive)
+
+SEEN = Rule("seen", "in pairs of tiles, of queries and of rows, those that the mask lets be seen")
 
 SAME = Rule("same", "the same statement on one token; along the sequence itself it looks ahead, and there is no step")
 HISTORY = Rule("history", "the state keeps the last tokens that it reads")
 POSITION = Rule("position", "the state keeps how many tokens there were")
 NONE = Rule("none", "it needs the whole sequence: there is no step")
 BODY = Rule("body", "its body once; the state keeps what it carries")
+ROWS = Rule("rows", "the state keeps the rows, and each token adds its own")
 STEP = Rule("step", "the reads, then the update", lambda graph, scan: {"step": step(graph, scan)})
 
 TABLE: dict[type[N.Node], Row] = {
@@ -72,5 +80,6 @@ TABLE: dict[type[N.Node], Row] = {
     N.Conv: Row(AUTOGRAD, WHOLE, HISTORY),
     N.Recur: Row(AUTOGRAD, TOKENS, BODY),
     N.Scan: Row(ADJOINT, TILES, STEP),
+    N.Attend: Row(PAIRS, SEEN, ROWS),
     N.Out: Row(AUTOGRAD, WHOLE, SAME),
 }

@@ -5,12 +5,15 @@ stands before the chunk and its first token: then every token of the chunk may r
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Size, SizeError
 from chunkc.ir.diagnostics import Span
 from chunkc.ir.graph import Graph, Unit
 from chunkc.ir.ranges import Ranges
 
+NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "!=": "=="}
 Blame = tuple[Span, str]
 
 
@@ -51,6 +54,8 @@ class Horizon:
             return self.is_bound(node.index, "last")
         if isinstance(node, N.Shift) and self.kind(node.axis) == "chunk":
             return False
+        if isinstance(node, N.Attend):
+            return node.query is not None and self.kind(node.query) == "chunk"
         if isinstance(node, N.Out):
             source = self.graph[node.arg]
             if (
@@ -86,6 +91,8 @@ class Horizon:
             return "this depends on the sequence's length"
         if isinstance(node, N.Gather):
             return self.why_gather(node)
+        if isinstance(node, N.Attend):
+            return next((why for s in node.sources if (why := Rows(self.graph, node, s).why())), "")
         if (
             self.inner
             and self.inner in node.axes
@@ -151,6 +158,93 @@ class Horizon:
         if isinstance(node, N.Gather):
             return self.is_bound(node.arg, "first") and self.is_bound(node.index, "of")
         return False
+
+
+@dataclass(frozen=True)
+class Place:
+    """What stands for a position in a mask: of a query, of a row, or the chunk that one lies in."""
+
+    side: str
+    chunk: str
+
+
+class Rows:
+    """Which rows of a source a query sees: whether its mask proves them to stand before it, or where it stands."""
+
+    def __init__(self, graph: Graph, node: N.Attend, source: N.Source) -> None:
+        self.graph, self.node, self.source, self.body = graph, node, source, node.body
+        self.ranges = Ranges(node.body.by_id)
+
+    def why(self) -> str:
+        """Why a query may see a later row; empty if it does not."""
+        axis, query = self.source.axis, self.node.query
+        if axis is None:
+            return ""
+        if query is None or self.home(axis) != self.home(query):
+            return "this is over the whole sequence"
+        if self.source.mask is not None and self.proves(self.source.mask):
+            return ""
+        if self.body.axis[axis].kind == "chunk":
+            return f"this may read a chunk that is not over: its mask does not say {axis} < {axis}({query})"
+        return f"this may read later rows: its mask does not say {axis} <= {query}"
+
+    def home(self, axis: str) -> str:
+        """The sequence that an axis is, or whose chunks it has."""
+        a = self.body.axis[axis]
+        return self.home(a.parent) if a.kind == "chunk" and a.parent else a.space
+
+    def proves(self, id_: str, holds: bool = True) -> bool:
+        """Whether no later row is seen where this holds, or does not hold."""
+        node = self.body[id_]
+        if not isinstance(node, N.Map):
+            return False
+        if node.fn in ("not", "as"):
+            return self.proves(node.args[0], holds != (node.fn == "not"))
+        if node.fn in ("and", "or"):
+            found = [self.proves(a, holds) for a in node.args]
+            return any(found) if (node.fn == "and") == holds else all(found)
+        fn = node.fn if holds else NEGATED.get(node.fn, "")
+        if fn not in ("<", "<=", ">", ">=", "=="):
+            return False
+        less, more = node.args if fn in ("<", "<=", "==") else node.args[::-1]
+        left, (low, _) = self.linear(less, 1)
+        right, (other, _) = self.linear(more, -1)
+        total = {p: n for p in {*left, *right} if (n := left.get(p, 0) + right.get(p, 0))}
+        least = low + other + (fn in ("<", ">"))  # row - query + least <= 0, if these are the places left
+        if sorted(total.values()) != [-1, 1]:
+            return False
+        row, query = sorted(total, key=lambda p: -total[p])
+        if (row.side, query.side) != ("row", "query") or row.chunk != query.chunk:
+            return False
+        # A row's own position may be the query's; a chunk, unless the query is one too, must be over.
+        whole = row.chunk and self.body.axis[self.node.query or ""].kind != "chunk"
+        return least >= (1 if whole else 0)
+
+    def linear(self, id_: str, sign: int) -> tuple[dict[Place, int], tuple[float, float]]:
+        """A number as places with their signs, and the range of what is left."""
+        node = self.body[id_]
+        if isinstance(node, N.Map) and node.fn in ("+", "-") and len(node.args) == 2:
+            (a, (a0, a1)), (b, (b0, b1)) = (self.linear(x, s) for x, s in zip(
+                node.args, (sign, sign if node.fn == "+" else -sign)))  # fmt: skip
+            return {p: a.get(p, 0) + b.get(p, 0) for p in {*a, *b}}, (a0 + b0, a1 + b1)
+        place = self.place(node)
+        if place is not None:
+            return {place: sign}, (0, 0)
+        low, high = self.ranges[id_]
+        return {}, (low, high) if sign > 0 else (-high, -low)
+
+    def place(self, node: N.AnyNode) -> Place | None:
+        if len(node.axes) != 1:
+            return None
+        side = "row" if node.axes[0] == self.source.axis else "query"
+        if isinstance(node, N.Capture):
+            node = self.graph[node.outer]
+        while isinstance(node, N.Rename):
+            node = self.graph[node.arg]
+        if isinstance(node, N.Bounds) and node.fn in ("of", "index"):
+            return Place(side, self.body.axis[node.chunk].space)
+        edge = isinstance(node, N.Bounds) and (node.fn, side) in (("last", "row"), ("first", "query"))
+        return Place(side, "") if edge or isinstance(node, N.Coord) else None
 
 
 def looks_ahead(unit: Unit) -> dict[str, Blame]:

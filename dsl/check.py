@@ -12,8 +12,8 @@ from typing import Any
 
 from chunkc.dsl import prelude
 from chunkc.dsl import tree as T
+from chunkc.dsl.attention import Attentions
 from chunkc.dsl.causality import looks_ahead
-from chunkc.dsl.recurrences import Recurrences
 from chunkc.dsl.scope import (
     AxisName,
     Broken,
@@ -109,7 +109,7 @@ def _check_items(file: T.File, silenced: frozenset[str], report: Report, units: 
                 units.append(unit)
 
 
-class _UnitChecker(Recurrences):
+class _UnitChecker(Attentions):
     def __init__(self, unit: T.UnitDecl, report: Report, work: Work, silenced: frozenset[str],
                  known: Mapping[str, Symbol], later: frozenset[str]) -> None:  # fmt: skip
         super().__init__(report, work, Scope(report, prelude.NAMES, silenced, known, later, unit.name))
@@ -202,6 +202,10 @@ class _UnitChecker(Recurrences):
             self.recurrence(s)
         elif isinstance(s, T.Chunk):
             self.chunk(s)
+        elif isinstance(s, T.Attention):
+            self.attention(s)
+        elif isinstance(s, T.Source):
+            self.report.error("bad-body", "a source stands in an attention", s.span)
         else:
             self.x.later(f"'{s.what}'", s.span)
             self.silence((s,))

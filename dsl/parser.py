@@ -335,7 +335,7 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
         return None
 
     def later(self, word: Token, *rest: Any) -> T.Later:
-        named = word.type in ("ATTENTION", "ORDER", "PICK")
+        named = word.type in ("ORDER", "PICK")
         return T.Later(_span(self.source, word), str(word), (self._name(rest[0]),) if named else ())
 
     # statements
@@ -369,6 +369,15 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
     def recurrence(self, word: Token, over: Token, axis: Token, within: Any, chunk: Any, body: Any) -> T.Recurrence:
         inside = self._name(chunk) if chunk else None
         return T.Recurrence(self._cover((word, over, axis, chunk)), self._name(axis), inside, body[1])
+
+    def attention(self, word: Token, name: Token, axes: Any, over: Any, axis: Any, body: Any) -> T.Attention:
+        span = self._cover((word, name, axes, over, axis))
+        inner = body[1] if axis is None else (T.Source(self._cover((over, axis)), self._name(axis), body[1]),)
+        return T.Attention(span, self._name(name), axes, inner)
+
+    def rows(self, word: Token, *rest: Any) -> T.Source:
+        axis = rest[0] if len(rest) > 1 else None
+        return T.Source(self._cover((word, axis)), self._name(axis) if axis else None, rest[-1][1])
 
     def chunk(self, word: Token, name: Token, of: Token, axis: Token, equal: Token, rule: Any) -> T.Chunk:
         return T.Chunk(self._cover((word, rule)), self._name(name), self._name(axis), rule)

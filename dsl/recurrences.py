@@ -94,7 +94,7 @@ class Recurrences(Definitions):
                 self.scope.names[name] = Broken(self.scope.names[name].span)
         for statement in body:
             names: list[T.Name] = []
-            if isinstance(statement, T.Define | T.Chunk):
+            if isinstance(statement, T.Define | T.Chunk | T.Attention):
                 names = [statement.name]
             elif isinstance(statement, T.Declare):
                 names = [b.name for b in statement.binds]
@@ -119,8 +119,8 @@ class Recurrences(Definitions):
             id_ = self.define(s.name, s.axes, s.value, c)
             if id_ is not None:
                 defined.append((s.name.text, id_, s.name.span))
-        elif isinstance(s, T.Later):
-            self.x.later(f"'{s.what}' inside a recurrence", s.span)
+        elif isinstance(s, T.Later | T.Attention):
+            self.x.later(f"'{s.what if isinstance(s, T.Later) else 'attention'}' inside a recurrence", s.span)
             self.silence((s,))
         else:
             self.report.error("bad-body", "a recurrence holds states and definitions", s.span)

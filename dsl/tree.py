@@ -141,8 +141,25 @@ class Recurrence(Syntax):
 
 
 @dataclass(frozen=True)
+class Source(Syntax):
+    """Rows that an attention reads: `over s { ... }`, or one row, `row { ... }`."""
+
+    over: Name | None
+    body: tuple[Statement, ...]
+
+
+@dataclass(frozen=True)
+class Attention(Syntax):
+    """`attention o[axes] { SOURCE ... }`; with one source, `attention o[axes] over s { ... }`."""
+
+    name: Name
+    axes: tuple[Name, ...] | None
+    body: tuple[Statement, ...]
+
+
+@dataclass(frozen=True)
 class Later(Syntax):
-    """A statement of the language that this version does not build: attention, order, pick, parallel.
+    """A statement of the language that this version does not build: order, pick, parallel.
 
     `defines` are the names that it would define."""
 
@@ -150,7 +167,7 @@ class Later(Syntax):
     defines: tuple[Name, ...] = ()
 
 
-Statement = Axes | Declare | Define | Doc | Chunk | Recurrence | Later
+Statement = Axes | Declare | Define | Doc | Chunk | Recurrence | Attention | Source | Later
 
 
 @dataclass(frozen=True)

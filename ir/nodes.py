@@ -182,6 +182,22 @@ class Gather(Node):
         return self.evolve(arg=names.get(self.arg, self.arg), index=names.get(self.index, self.index))
 
 
+class Scatter(Node):
+    """The sum of what `index` sends to each position of a fixed axis, over all axes that the result lacks: the gradient
+    of a gather."""
+
+    kind: Literal["scatter"] = "scatter"
+    arg: str
+    index: str
+    axis: AxisName
+
+    def operands(self) -> tuple[str, ...]:
+        return (self.arg, self.index)
+
+    def renamed(self, names: dict[str, str]) -> Node:
+        return self.evolve(arg=names.get(self.arg, self.arg), index=names.get(self.index, self.index))
+
+
 class Linear(Node):
     """Sum over `over` of arg times weight[over, to], plus bias[to] if there is one."""
 
@@ -265,11 +281,8 @@ class Recur(Node):
         return tuple(dict.fromkeys(captured + [c.initial for c in self.carried if c.initial]))
 
     def renamed(self, names: dict[str, str]) -> Node:
-        nodes = tuple(
-            n.evolve(outer=names.get(n.outer, n.outer)) if isinstance(n, Capture) else n for n in self.body.nodes
-        )
         carried = tuple(c.evolve(initial=names.get(c.initial, c.initial)) if c.initial else c for c in self.carried)
-        return self.evolve(body=self.body.evolve(nodes=nodes), carried=carried)
+        return self.evolve(body=_recaptured(self.body, names), carried=carried)
 
 
 class Gate(Frozen):
@@ -371,6 +384,57 @@ class Scan(Node):
         return (*self.batch, *self.i, *self.j)
 
 
+class Source(Frozen):
+    """Rows that an attention reads: those of `axis`, or one row without. `logit`, `value` (without: 0) and `mask`
+    (without: every row is seen) are values of the attention's body.
+
+    Passes derive from it, each a graph whose inputs are the body's captures: `scores`, its parts as a function of a
+    tile of queries and a tile of rows; `gradients`, those of the captures from the logit's and the value's."""
+
+    axis: AxisName | None = None
+    logit: str
+    value: str | None = None
+    mask: str | None = None
+    scores: Graph | None = None
+    gradients: Graph | None = None
+
+    def regions(self) -> dict[str, Graph]:
+        """The graphs that passes have derived so far, by name."""
+        return {n: g for n, g in (("scores", self.scores), ("gradients", self.gradients)) if g is not None}
+
+
+class Attend(Node):
+    """The mean of the values of all sources' rows, weighted by one softmax of their logits where the masks hold; 0
+    where none does.
+
+    `query` is the sequence that its own axes hold, if any. Only what depends on a query and on a row at once is in the
+    body, beside captures of what does not, coordinates and numbers; so nothing outside is over two sequences.
+    """
+
+    kind: Literal["attend"] = "attend"
+    query: AxisName | None = None
+    sources: tuple[Source, ...]
+    body: Graph
+
+    def operands(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(n.outer for n in self.body.nodes if isinstance(n, Capture)))
+
+    def logit_axes(self) -> tuple[str, ...]:
+        """The axes of the weights beside queries and rows: those of the attention that a logit or a mask has."""
+        ids = [id_ for s in self.sources for id_ in (s.logit, s.mask) if id_ is not None]
+        have = {a for id_ in ids for a in self.body[id_].axes}
+        return tuple(a for a in self.axes if a in have and a != self.query)
+
+    def renamed(self, names: dict[str, str]) -> Node:
+        return self.evolve(body=_recaptured(self.body, names))
+
+
+def _recaptured(body: Graph, names: dict[str, str]) -> Graph:
+    """A body whose captures read other ids."""
+    nodes = [n.evolve(outer=names.get(n.outer, n.outer)) if isinstance(n, Capture) else n for n in body.nodes]
+    return body.evolve(nodes=tuple(nodes))
+
+
 class GateGradient(Node):
     """The gradient of gate number `gate` of a scan, from the scan and its adjoint: the reversed scan of gradients.
 
@@ -413,12 +477,14 @@ AnyNode = Annotated[
     | Shift
     | Slice
     | Gather
+    | Scatter
     | Linear
     | Conv
     | Capture
     | State
     | Recur
     | Scan
+    | Attend
     | GateGradient
     | Out
     | T.Tile

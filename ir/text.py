@@ -30,7 +30,7 @@ from chunkc.ir.graph import Graph
 M = TypeVar("M", bound=BaseModel)
 KINDS: dict[str, type[N.Node]] = {c.model_fields["kind"].default: c for c in get_args(get_args(N.AnyNode)[0])}
 ID_FIELDS = ("arg", "args", "index", "weight", "bias", "add", "initial", "outer", "result", "left",
-             "right", "a", "b", "decay", "update", "totals", "value", "scan", "adjoint",
+             "right", "a", "b", "decay", "update", "totals", "value", "scan", "adjoint", "logit", "mask",
              "reads", "replaces")  # fmt: skip
 CONSTANTS: dict[str, bool | None] = {"true": True, "false": False, "null": None}
 RESERVED = (*CONSTANTS, "inf", "nan", "graph", "region")

@@ -16,6 +16,9 @@ from chunkc.ir.axes import axis_fields
 from chunkc.ir.graph import Graph, Level, gather_axes, moved_axes
 from chunkc.ir.verify_tiles import KERNELS, TILES
 
+PAIRWISE = (  # kinds that stand in an attention's body
+    N.Const | N.Coord | N.Bounds | N.Capture | N.Map | N.Reduce | N.Expand | N.Rename | N.Slice | N.Gather | N.Scatter
+)
 SEVERAL = N.Recur | N.Scan | T.Prefix | T.Carry | T.Halving | T.Kernel  # kinds with several results
 
 
@@ -37,7 +40,8 @@ class VerifyError(Exception):
 
 @dataclass(frozen=True)
 class Region:
-    """A graph and where it stands: in a recurrence or halving of `outer`, in a parameter, under a scan, or alone."""
+    """A graph and where it stands: in a recurrence, an attention or a halving of `outer`, in a parameter, under a scan,
+    or alone."""
 
     graph: Graph
     level: Level
@@ -47,6 +51,7 @@ class Region:
     initial: bool = False
     scan: N.Scan | None = None
     halving: T.Halving | None = None
+    attend: N.Attend | None = None
 
     @property
     def bound(self) -> str | None:
@@ -111,6 +116,11 @@ def _regions(region: Region) -> Iterator[Region]:
         path = f"{region.path}{node.id}/"
         if isinstance(node, N.Recur):
             yield Region(node.body, region.level, path, region.graph, node)
+        elif isinstance(node, N.Attend):
+            yield Region(node.body, region.level, path, region.graph, attend=node)
+            for n, source in enumerate(node.sources):
+                for name, graph in source.regions().items():
+                    yield Region(graph, graph.level, f"{path}{n}/{name}/", attend=node)
         elif isinstance(node, T.Kernel):
             yield Region(node.body, node.body.level, path)
         elif isinstance(node, T.Halving):
@@ -200,13 +210,15 @@ def axes_known(r: Region) -> Found:
 def in_place(r: Region) -> Found:
     """Kinds stand where they mean something; the axis that a body binds is in none of its values."""
     for node in r.graph.nodes:
-        if isinstance(node, N.State | N.Capture) and r.recur is None:
-            yield node.id, f"a {node.kind} stands only in a recurrence's body"
+        if isinstance(node, N.State) and r.recur is None or isinstance(node, N.Capture) and not (r.recur or r.attend):
+            yield node.id, f"a {node.kind} stands only in a body"
+        if r.attend is not None and not isinstance(node, PAIRWISE) and (r.outer or not isinstance(node, N.Input)):
+            yield node.id, f"a {node.kind} stands in no attention"
         if isinstance(node, T.Half) and r.halving is None:
             yield node.id, "a half stands only in a halving's body"
         if isinstance(node, N.Random) and not r.initial:
             yield node.id, "random numbers stand only in an initial value"
-        if isinstance(node, N.Input | N.Param) and (r.recur is not None or r.halving is not None or r.initial):
+        if isinstance(node, N.Input | N.Param) and (r.recur or r.outer or r.initial):
             yield node.id, f"a {node.kind} stands in no region"
         if isinstance(node, N.Recur | N.Scan) and r.initial:
             yield node.id, f"a {node.kind} stands in no initial value"
@@ -256,15 +268,37 @@ def carried_right(r: Region) -> Found:
 
 
 def body_reads(r: Region) -> Found:
-    """Captures read values that stand around the recurrence; states are those that it carries."""
-    if r.recur is None or r.outer is None:
+    """Captures read values that stand around the body; states are those that the recurrence carries."""
+    if r.outer is None:
         return
-    names = {c.name for c in r.recur.carried}
+    names = {c.name for c in r.recur.carried} if r.recur is not None else set()
     for node in r.graph.nodes:
         if isinstance(node, N.Capture) and node.outer not in r.outer.by_id:
-            yield node.id, f"'{node.outer}' is no node around the recurrence"
+            yield node.id, f"'{node.outer}' is no node around the body"
         if isinstance(node, N.State) and node.name not in names:
             yield node.id, f"the recurrence carries no state '{node.name}'"
+
+
+def sources_right(r: Region) -> Found:
+    """An attention's logits, values and masks are in its body, over its own axes and the rows'; rows are of a sequence
+    that the query's axes lack; what is over both depends on both."""
+    for node in r.graph.of_kind(N.Attend):
+        if node.query is not None and node.query not in node.axes:
+            yield node.id, f"its queries are over '{node.query}', and it is not"
+        for source in node.sources:
+            for id_, dtype in ((source.logit, "float"), (source.value, "float"), (source.mask, "bool")):
+                if id_ is None:
+                    continue
+                if id_ not in node.body.by_id:
+                    yield node.id, f"'{id_}' is no node of its body"
+                    continue
+                value = node.body[id_]
+                if value.dtype != dtype and not (dtype == "float" and value.dtype == "int"):
+                    yield node.id, f"'{id_}' is {value.dtype}, not {dtype}"
+                if not set(value.axes) <= {*node.axes, source.axis}:
+                    yield node.id, f"'{id_}' is over {_shown(value.axes)}, beyond {_shown(node.axes)} and its rows"
+            if source.axis is not None and (not r.graph.axis[source.axis].is_sequence or source.axis in node.axes):
+                yield node.id, f"rows over '{source.axis}', which is no sequence of their own"
 
 
 # -- every level: axes -----------------------------------------------------------------------------------------------
@@ -280,6 +314,11 @@ def works_along(r: Region) -> Found:
             along = (node.source,)
         elif isinstance(node, N.Shift | N.Slice | N.Gather | N.Conv):
             along = (node.axis,)
+        if isinstance(node, N.Scatter) and not set(r.axes(node.index)) <= set(r.axes(node.arg)):
+            yield (
+                node.id,
+                f"its index is over {_shown(r.axes(node.index))}, its operand over {_shown(r.axes(node.arg))}",
+            )
         for a in along:
             if a not in r.axes(node.arg):  # type: ignore[union-attr]
                 yield node.id, f"it works along '{a}', and its operand is over {_shown(r.axes(node.arg))}"  # type: ignore[union-attr]
@@ -475,7 +514,7 @@ def gate_gradients(r: Region) -> Found:
 
 STRUCTURE: tuple[Rule, ...] = (
     right_level, ids_unique, operands_before, outputs_exist, axes_known, in_place, carried_right, body_reads,
-    results_through_out,
+    results_through_out, sources_right,
 )  # fmt: skip
 COMMON: tuple[Rule, ...] = (*STRUCTURE, works_along, sequences, map_axes, weight_axes, result_axes)
 RULES: dict[Level, tuple[Rule, ...]] = {

@@ -376,7 +376,49 @@ CALLS = [
 ]
 
 LATER = [
-    ("attention", body("«attention» o[t, h, i] over s {\nlogit = 1\n}\noutput o"), "not-yet"),
+    (
+        "rows that nothing is over",
+        body("attention o[t, h, i] «over s» {\nlogit = 1\nvalue = k\n}\noutput o"),
+        "no-axis",
+    ),
+    ("a source without a logit", body("attention o[t, h, i] «over s» {\nvalue = k[t = s]\n}\noutput o"), "no-source"),
+    ("an attention without sources", body("«attention o[t, h, i]» {\n}\noutput o"), "no-source"),
+    ("a source alone", body("«over s» {\nlogit = 1\n}\noutput x"), "bad-body"),
+    (
+        "a logit of truth values",
+        body("attention o over s {\nlogit = «s < t»\nvalue = k[t = s]\n}\noutput o"),
+        "type-mismatch",
+    ),
+    (
+        "a mask of numbers",
+        body("attention o over s {\nlogit = s * 1.0\nvalue = k[t = s]\nmask = «s»\n}\noutput o"),
+        "type-mismatch",
+    ),
+    (
+        "an attention over a fixed axis",
+        body("attention o[t, h] over «i» {\nlogit = k\nvalue = k\n}\noutput o"),
+        "not-yet",
+    ),
+    (
+        "a function along rows",
+        body("attention o[t, h, i] over s {\nlogit = «softmax[s](dot[i](k, k[t = s]))»\nvalue = k[t = s]\n}\noutput o"),
+        "not-yet",
+    ),
+    (
+        "a second logit",
+        body("attention o over s {\nlogit = s * 1.0\n«logit» = 2\nvalue = k[t = s]\n}\noutput o"),
+        "bad-body",
+    ),
+    (
+        "an axis of neither",
+        body("attention «o»[t, h, e] over s {\nlogit = s * 1.0\nvalue = k[t = s]\n}\noutput o"),
+        "axis-mismatch",
+    ),
+    (
+        "an attention inside a recurrence",
+        body("recurrence over t {\nstate z[h]\nz = z * 0.5\n«attention o[h] over s» {\nlogit = 1\n}\n}\noutput z"),
+        "not-yet",
+    ),
     ("an order", body("«order» r of t by x\noutput y = x"), "not-yet"),
     ("a pick", body("«pick» p of t by x keep top(3)\noutput y = x"), "not-yet"),
     ("a parallel layout", body("output y = x") + "\n«parallel» {\nmesh { a, b }\n}", "not-yet"),

@@ -137,7 +137,6 @@ def test_the_reserved_words_are_whole() -> None:
         ("chunks by 'windows'", "chunk c of t = windows(4, 2)"),
         ("chunks by 'cut'", "chunk c of t = cut(x, max = 3)"),
         ("chunks by 'powers'", "chunk c of t = powers"),
-        ("'attention'", "attention o over t { logit = x }"),
         ("'in' with a list", "y = x in x"),
         ("across calls", "state s[e]"),
         ("over two sequence axes", "k[s, e] = x\n output y = x * k"),

@@ -283,7 +283,7 @@ def test_rejects_unknown_axes(semantic: Graph) -> None:
 
 def test_rejects_kinds_out_of_place(semantic: Graph) -> None:
     body = only(semantic, N.Recur)
-    rejected(insert(semantic, N.State(id="new", name="S")), "new", "only in a recurrence's body")
+    rejected(insert(semantic, N.State(id="new", name="S")), "new", "only in a body")
     one = Size.of(1)
     rejected(insert(semantic, N.Random(id="new", fn="normal", a=one, b=one)), "new", "only in an initial value")
     inner = insert(body.body, N.Input(id="new", name="new", axes=("d",)))

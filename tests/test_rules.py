@@ -20,7 +20,7 @@ from chunkc.ir.graph import Unit
 from chunkc.ir.text import parse_graph, print_graph
 from chunkc.ir.verify import VerifyError, verify
 from chunkc.pipeline import run, upto
-from chunkc.rules import AUTOGRAD, CONSTANT, HISTORY, LEAF, NONE, POSITION, SAME, TABLE, TOKENS, WHOLE
+from chunkc.rules import AUTOGRAD, CONSTANT, HISTORY, LEAF, NONE, POSITION, ROWS, SAME, SEEN, TABLE, TOKENS, WHOLE
 
 AXES = "axes { t: time, s = t, d = d_model, e = d, h = 4, i = d_model / 4, hk = 2 groups h }"
 SCAN = """k[t, h, i] = linear(x)
@@ -63,10 +63,12 @@ PROBES: dict[type[N.Node], str] = {
     N.Conv: "output y = conv[t](x, 4)",
     N.Recur: "",
     N.Scan: SCAN,
+    N.Attend: "attention y[t, d] over s {\n  logit = sum[d](x * x[t = s])\n  value = x[t = s]\n  mask = s <= t\n  }\n"
+    "  output y",
     N.Out: SCAN,
 }
 SIZES = {"d_model": 8}
-CONVENTIONS = {AUTOGRAD, CONSTANT, LEAF, WHOLE, TOKENS, NONE, SAME, HISTORY, POSITION}
+CONVENTIONS = {AUTOGRAD, CONSTANT, LEAF, WHOLE, TOKENS, SEEN, NONE, SAME, HISTORY, POSITION, ROWS}
 
 
 def source(kind: type[N.Node]) -> SourceFile:
@@ -158,9 +160,9 @@ def test_vjp_and_chunk(modules: Any, kind: type[N.Node]) -> None:
     for rule in (TABLE[kind].vjp, TABLE[kind].chunk, TABLE[kind].stream):
         if rule.derive is not None:
             graph = run(probe(kind).graph)
-            for scan in graph.of_kind(N.Scan):
-                for name, derived in rule.derive(graph, scan).items():
-                    assert getattr(scan, name) == derived
+            for node in graph.of_kind(N.Attend if kind is N.Attend else N.Scan):
+                for name, derived in rule.derive(graph, node).items():
+                    assert getattr(node, name) == derived
 
 
 @each_kind

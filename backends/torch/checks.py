@@ -74,11 +74,15 @@ def check_offsets(who: str, cu_seqlens: Tensor | None, x: Tensor, name: str = "c
         raise ValueError(f"{who}: a packed batch has one row, not {x.shape[0]}")
 
 
-def check_state(who: str, name: str, state: Tensor, shape: tuple[int, ...], x: Tensor, kind: str = "float") -> None:
-    """An initial state: [N, ...] on the inputs' device, of its kind."""
-    if not isinstance(state, Tensor) or tuple(state.shape) != shape:
+def check_state(
+    who: str, name: str, state: Tensor, shape: tuple[int | None, ...], x: Tensor, kind: str = "float"
+) -> None:
+    """An initial state: [N, ...] on the inputs' device, of its kind; None is any size."""
+    right = isinstance(state, Tensor) and state.dim() == len(shape)
+    if not right or any(n not in (None, m) for n, m in zip(shape, state.shape)):
         have = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
-        raise ValueError(f"{who}: initial state '{name}' is {have}, wanted {list(shape)}")
+        wanted = ["any" if n is None else n for n in shape]
+        raise ValueError(f"{who}: initial state '{name}' is {have}, wanted {wanted}")
     if state.device != x.device:
         raise ValueError(f"{who}: initial state '{name}' is on {state.device}, the inputs are on {x.device}")
     if kind == "float" and state.dtype not in FLOATS:

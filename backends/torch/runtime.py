@@ -489,6 +489,14 @@ def take(x: Tensor, index: Tensor, shared: int) -> Tensor:
     return out.masked_fill(beyond, 0)
 
 
+def scatter(x: Tensor, index: Tensor, size: int, kept: int) -> Tensor:
+    """x [*kept, ...] added up at the integers of index, which broadcasts to x: [*kept, size]; others are left out."""
+    index = index.expand(x.shape).reshape(*x.shape[:kept], -1)
+    inside = (index >= 0) & (index < size)
+    flat = x.reshape(*x.shape[:kept], -1).masked_fill(~inside, 0)
+    return flat.new_zeros((*x.shape[:kept], size)).scatter_add(-1, index.clamp(0, size - 1), flat)
+
+
 def rms_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dims, keepdim=True) + 1e-5)
 

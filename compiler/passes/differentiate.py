@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Builder, Graph
+from chunkc.passes import pairs
 from chunkc.passes.regions import (
     inputs,
     other,
@@ -25,12 +26,13 @@ from chunkc.passes.regions import (
 @dataclass(frozen=True)
 class Differentiate:
     """Gives each scan its `backward`: inputs are its operands, `initial`, and the gradient of each result; outputs are
-    the gradients of the operands and of `initial`."""
+    the gradients of the operands and of `initial`. Gives each source of an attention its `scores` and `gradients`."""
 
     name: str = "differentiate"
 
     def run(self, graph: Graph) -> Graph:
-        return with_regions(graph, lambda g, scan: {"backward": vjp(g, scan)})
+        graph = with_regions(graph, lambda g, scan: {"backward": vjp(g, scan)})
+        return graph.evolve(nodes=tuple(pairs.derived(n) if isinstance(n, N.Attend) else n for n in graph.nodes))
 
 
 def vjp(graph: Graph, scan: N.Scan) -> Graph:

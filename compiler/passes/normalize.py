@@ -52,6 +52,8 @@ class Normalize:
                 if isinstance(new, N.Recur):
                     new = new.evolve(body=new.body.evolve(level="normal"), reason=reason)
                     kept.append(node.id)
+                if isinstance(new, N.Attend):
+                    new = new.evolve(body=new.body.evolve(level="normal"))
                 names[node.id] = out.like(new)
         return out.graph([(name, names[id_]) for name, id_ in graph.outputs]).pruned(
             [*finals, *(names[id_] for id_ in kept)]

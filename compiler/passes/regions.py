@@ -19,6 +19,10 @@ def other(side: Side) -> Side:
     return "j" if side == "i" else "i"
 
 
+# What derived graphs call their own values: an operand of such a name goes by its role.
+_MADE = re.compile(r"(scan|expand|map)\w*|states?|last|before|initial|new|(d|out|score)_\w+|\w+_(ptr|tiles|tokens)")
+
+
 @dataclass(frozen=True)
 class Slot:
     """An operand of a scan: its id in the graph around, the name and axes of the input that stands for it."""
@@ -59,7 +63,7 @@ def slots(graph: Graph, scan: N.Scan) -> tuple[Slot, ...]:
     taken = {"initial"}
     found = []
     for arg, role, side in _roles(graph, scan):
-        named = re.fullmatch(r"[A-Za-z]\w*", arg) and not arg.startswith(("scan", "expand", "map"))
+        named = re.fullmatch(r"[A-Za-z]\w*", arg) and not _MADE.fullmatch(arg)
         base = arg if named else role
         name, n = base, 1
         while name in taken:

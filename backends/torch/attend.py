@@ -1,0 +1,246 @@
+"""Attention a tile of queries and a tile of rows at a time: no tensor is over all queries and all rows.
+
+Copied into each package that attends as `_attend.py`. Shapes: N sequences, C queries and S rows of a tile, *L the axes
+of the weights (heads), *O the axes of the result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunkc.backends.torch.runtime import Sequences, once
+
+QUERIES, ROWS = 256, 512  # of a tile
+Bounds = tuple[Tensor, Tensor]  # the least and the most of a tile
+
+
+class Places:
+    """Where the queries, or the rows, of each sequence stand: one row of a tensor a sequence [N, longest, ...].
+
+    `at` are positions [N, longest]; `inside` says which are there, None if all. With `cached`, a tensor of the rows of
+    calls before [N, P, ...], new ones stand behind the first `start` [N] of these (none without `start`)."""
+
+    def __init__(self, seq: Sequences | None, start: Tensor | None = None, cached: Tensor | None = None,
+                 count: int = 0, device: torch.device | None = None) -> None:  # fmt: skip
+        if seq is not None and cached is not None and start is None:
+            start = seq.offsets.new_zeros(seq.count)
+        self.seq, self.start, self.cached = seq, start, cached
+        if seq is None:  # one query a sequence, of no position
+            self.at, self.inside = torch.zeros((count, 1), dtype=torch.int64, device=device), None
+        elif cached is None:
+            self.at = seq.padded(seq.positions(start))
+            self.inside = None if not seq.packed else seq._rows()[1]
+        else:
+            places = torch.arange(cached.shape[1] + seq.longest(), device=seq.device)
+            self.at = places.expand(seq.count, -1)
+            assert start is not None
+            self.inside = places < (start + seq.offsets.diff())[:, None]
+
+    def lay(self, x: Tensor, cached: Tensor | None = None) -> Tensor:
+        """A value over the sequence, as one row a sequence; behind what is cached of it."""
+        if self.seq is None:
+            return x[:, None]
+        if self.cached is None or cached is None:
+            return self.seq.padded(x)
+        assert self.start is not None
+        flat = x.reshape(self.seq.rows * self.seq.tokens, *x.shape[2:])
+        old = cached.to(x.dtype)
+        room = old.new_zeros((old.shape[0], self.at.shape[1] - old.shape[1], *old.shape[2:]))
+        owner = self.seq.owner
+        return torch.cat([old, room], 1).index_put((owner, self.start[owner] + self.seq.place), flat)
+
+    def unlay(self, x: Tensor) -> Tensor:
+        """The tokens of one row a sequence back in their rows."""
+        return x[:, 0] if self.seq is None else self.seq.unpadded(x)
+
+    def tiles(self, size: int) -> list[slice]:
+        return [slice(k, min(k + size, self.at.shape[1])) for k in range(0, self.at.shape[1], size)]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that queries read. `sides` says what each operand is over: q queries, r rows, else neither.
+
+    `scores(*sizes, at, at_rows, *operands)` gives a tile's logits [N, C, S, *L], values and mask; `gradients`, called
+    likewise with the gradients of logits and values, those of the operands. `seen` takes least and most in the place of
+    values: whether some query of a tile may see some row. `read` sums weights times values, as einsum writes it."""
+
+    rows: Places | None  # None: one row, each query's own
+    scores: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+    gradients: Callable[..., tuple[Tensor | None, ...]]
+    seen: Callable[..., Tensor] | None
+    sizes: tuple[Any, ...]
+    operands: tuple[Tensor, ...]
+    sides: str
+    read: str
+
+
+class Attention:
+    """The queries, their sources, and which of the result's axes the weights have."""
+
+    def __init__(self, queries: Places, sources: tuple[Source, ...], shape: tuple[int, ...], weighted: str,
+                 dtype: torch.dtype) -> None:  # fmt: skip
+        self.queries, self.sources, self.shape, self.weighted, self.dtype = queries, sources, shape, weighted, dtype
+        self.heads = tuple(n for n, w in zip(shape, weighted) if w == "w")
+
+    def lifted(self, x: Tensor) -> Tensor:
+        """Weights [N, C, *L] over the axes of the result."""
+        for k, w in enumerate(self.weighted):
+            if w != "w":
+                x = x.unsqueeze(2 + k)
+        return x
+
+    def lowered(self, x: Tensor) -> Tensor:
+        """A product over the result's axes summed to those of the weights."""
+        gone = [2 + k for k, w in enumerate(self.weighted) if w != "w"]
+        return x.sum(gone) if gone else x
+
+    def tiles(self, source: Source, part: slice, operands: tuple[Tensor, ...]) -> Iterator[slice]:
+        """The tiles of rows that some query of a tile may see."""
+        if source.rows is None:
+            yield slice(0, 1)
+            return
+        tiles = source.rows.tiles(ROWS)
+        if source.seen is None or not tiles:
+            yield from tiles
+            return
+        at = _bounds(self.queries.at, [part])
+        below = _bounds(source.rows.at, tiles)
+        given = [_bounds(x, [part] if side == "q" else tiles if side == "r" else None)
+                 for x, side in zip(operands, source.sides)]  # fmt: skip
+        seen = source.seen(*source.sizes, at, below, *given).expand(-1, len(tiles)).any(0)
+        yield from (tile for tile, some in zip(tiles, seen.tolist()) if some)
+
+    def tile(self, source: Source, part: slice, tile: slice, operands: tuple[Tensor, ...]) -> list[Tensor]:
+        """The operands of one tile, places first."""
+        cut = {"q": part, "r": tile}
+        rows = self.queries.at[:, part] if source.rows is None else source.rows.at[:, tile]
+        return [self.queries.at[:, part], rows,
+                *(x[:, cut[side]] if side in cut else x for x, side in zip(operands, source.sides))]  # fmt: skip
+
+    def scores(self, source: Source, tile: slice, given: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Logits [N, C, S, *L], minus infinity where a row is not seen, and values."""
+        logit, value, mask = source.scores(*source.sizes, *given)
+        if source.rows is not None and source.rows.inside is not None:
+            inside = source.rows.inside[:, None, tile].view(-1, 1, tile.stop - tile.start, *[1] * len(self.heads))
+            mask = inside if mask is None else mask & inside
+        return logit if mask is None else logit.masked_fill(~mask, -math.inf), value
+
+    def forward(self, operands: tuple[tuple[Tensor, ...], ...]) -> tuple[Tensor, Tensor]:
+        """The result [N, queries, *O], and the logarithm of the weights' sum [N, queries, *L], infinite for 0."""
+        like = torch.empty((), dtype=self.dtype, device=self.queries.at.device)
+        count, length = self.queries.at.shape
+        out = like.new_zeros((count, length, *self.shape))
+        logs = like.new_full((count, length, *self.heads), math.inf)
+        for part in self.queries.tiles(QUERIES):
+            size = (count, part.stop - part.start)
+            most = like.new_full((*size, *self.heads), -math.inf)
+            total, read = torch.zeros_like(most), like.new_zeros((*size, *self.shape))
+            for source, ops in zip(self.sources, operands):
+                for tile in self.tiles(source, part, ops):
+                    logit, value = self.scores(source, tile, self.tile(source, part, tile, ops))
+                    new = torch.maximum(most, logit.amax(2))
+                    safe = new.masked_fill(new == -math.inf, 0.0)
+                    weight = torch.exp(logit - safe[:, :, None]).expand(*size, -1, *self.heads)
+                    kept = torch.exp(most - safe)
+                    total = total * kept + weight.sum(2)
+                    read = read * self.lifted(kept)
+                    if value is not None:
+                        read = read + torch.einsum(source.read, weight, value)
+                    most = new
+            empty = total == 0
+            out[:, part] = read / self.lifted(total.masked_fill(empty, 1.0))
+            logs[:, part] = (most + total.log()).masked_fill(empty, math.inf)
+        return out, logs
+
+    def backward(self, operands: tuple[tuple[Tensor, ...], ...], out: Tensor, logs: Tensor, d_out: Tensor
+                 ) -> list[list[Tensor | None]]:  # fmt: skip
+        """The gradients of all operands, added up over tiles."""
+        found: list[list[Tensor | None]] = [[None] * len(ops) for ops in operands]
+        delta = self.lowered(d_out * out)
+        for part in self.queries.tiles(QUERIES):
+            for source, ops, grads in zip(self.sources, operands, found):
+                to_weights, to_value = _sides(source.read)
+                for tile in self.tiles(source, part, ops):
+                    given = self.tile(source, part, tile, ops)
+                    logit, value = self.scores(source, tile, given)
+                    weight = torch.exp(logit - logs[:, part, None])
+                    d_value, d_weight = None, -delta[:, part, None]
+                    if value is not None:
+                        d_value = torch.einsum(to_value, weight, d_out[:, part])
+                        d_weight = d_weight + torch.einsum(to_weights, d_out[:, part], value)
+                    # A weight of 1 leaves nothing for other rows: what rounding leaves of its logit's gradient is 0.
+                    d_logit = (weight * d_weight).masked_fill(weight == 1, 0.0)
+                    new = source.gradients(*source.sizes, *given, d_logit, d_value)
+                    for k, (d, side) in enumerate(zip(new, source.sides)):
+                        if d is None:
+                            continue
+                        grad = grads[k]
+                        if grad is None:
+                            grads[k] = grad = torch.zeros_like(ops[k])
+                        (grad[:, part if side == "q" else tile] if side in ("q", "r") else grad).add_(d)
+        return found
+
+
+def _sides(read: str) -> tuple[str, str]:
+    """From `weights, values -> result` the sums that give the gradients of weights and of values."""
+    terms, result = read.replace(" ", "").split("->")
+    weights, values = terms.split(",")
+    return f"{result},{values}->{weights}", f"{weights},{result}->{values}"
+
+
+def _bounds(x: Tensor, tiles: list[slice] | None) -> Bounds:
+    """The least and the most of each tile [N, tiles], of a value of neither side [1, 1]."""
+    if x.dtype == torch.bool:
+        x = x.to(torch.int8)
+    if tiles is None:
+        return x.amin().view(1, 1), x.amax().view(1, 1)
+    rows = [x[:, tile].reshape(x.shape[0], -1) for tile in tiles]
+    return torch.stack([r.amin(1) for r in rows], 1), torch.stack([r.amax(1) for r in rows], 1)
+
+
+class Attend(torch.autograd.Function):
+    """An attention; its backward computes each tile again from the operands and the logarithms of the sums."""
+
+    @staticmethod
+    def forward(ctx: Any, attention: Attention, *flat: Tensor) -> Tensor:
+        operands = _grouped(attention, flat)
+        out, logs = attention.forward(operands)
+        ctx.attention = attention
+        ctx.save_for_backward(out, logs, *flat)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        once()
+        out, logs, *flat = ctx.saved_tensors
+        operands = _grouped(ctx.attention, tuple(flat))
+        found = ctx.attention.backward(operands, out, logs, d_out)
+        return None, *(d for grads in found for d in grads)
+
+
+def _grouped(attention: Attention, flat: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
+    given = iter(flat)
+    return tuple(tuple(next(given) for _ in source.operands) for source in attention.sources)
+
+
+def wide(x: Tensor, dims: int) -> Tensor:
+    """x with so many dimensions, new ones in front."""
+    return x[(None,) * (dims - x.dim())]
+
+
+def attend(
+    queries: Places, sources: tuple[Source, ...], shape: tuple[int, ...], weighted: str, dtype: torch.dtype
+) -> Tensor:
+    """The softmax over the rows of all sources, times their values: [B, T, *O], for one query a sequence [N, *O].
+
+    `shape` is O's; `weighted` has a w for each of its axes that weights have, else a dot."""
+    attention = Attention(queries, sources, shape, weighted, dtype)
+    flat = tuple(x for source in sources for x in source.operands)
+    out: Tensor = Attend.apply(attention, *flat)  # type: ignore[no-untyped-call]
+    return queries.unlay(out)

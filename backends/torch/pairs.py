@@ -1,0 +1,239 @@
+"""An attention's sources as PyTorch functions of one tile: their scores, their gradients, and which tiles are seen."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass
+
+from chunkc.backends.attend import Form, Tile
+from chunkc.backends.body import Body
+from chunkc.backends.layout import EACH, NOWHERE, held
+from chunkc.backends.writer import Lines, Writer, identifier, is_name
+from chunkc.ir import nodes as N
+from chunkc.ir.graph import Graph, Unit
+
+
+class Pairs(Body):
+    """Emits a source's graph: a tile's queries and rows are dimensions like others, behind that of the sequences."""
+
+    def __init__(self, unit: Unit, graph: Graph, form: Form, source: N.Source, lines: Lines) -> None:
+        super().__init__(unit.evolve(graph=graph), lines, Writer(), "")
+        self.form, self.source = form, source
+        self.taken |= {"at", "at_rows", "d_logit", "d_value", "device"}
+        for n in form.inputs(source):
+            self.names[n.id] = self.fresh(n.name if is_name(n.name) else "x")
+        self.operands = list(self.names.values())
+        self.names |= {n.id: n.id for n in graph.of_kind(N.Input) if n.id not in self.names}
+
+    def is_sequence(self, axis: str) -> bool:
+        return False
+
+    def own(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        return axes
+
+    def per_sequence(self, graph: Graph, node: N.AnyNode) -> bool:
+        if isinstance(node, N.Input):
+            return node.name in ("d_logit", "d_value") or not self.form.shared(node.name)
+        if isinstance(node, N.Coord):
+            return self.graph.axis[node.axis].is_sequence
+        return super().per_sequence(graph, node)
+
+    def lead(self, home: str) -> list[str]:
+        return [] if home == NOWHERE else ["at.shape[0]"]
+
+    def shape(self, axes: tuple[str, ...], home: str = NOWHERE) -> str:
+        places = {self.form.query: "at.shape[1]", self.source.axis: "at_rows.shape[1]"}
+        parts = [*self.lead(home), *(places.get(a, a) for a in axes)]
+        return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+
+    def inline(self, graph: Graph, node: N.AnyNode, users: list[N.AnyNode], kept: set[str]) -> bool:
+        return isinstance(node, N.Coord) or super().inline(graph, node, users, kept)
+
+    def coordinate(self, node: N.Coord) -> str:
+        if node.axis in (self.form.query, self.source.axis):
+            return "at" if node.axis == self.form.query else "at_rows"
+        return super().coordinate(node)
+
+    def emit(self) -> None:
+        kept = {id_ for _, id_ in self.graph.outputs}
+        users = self.users_in(self.graph)
+        for node in self.graph.nodes:
+            if not isinstance(node, N.Input) and not self.inline(self.graph, node, users[node.id], kept):
+                self.assign(self.graph, node)
+
+    def laid(self, id_: str, axes: tuple[str, ...]) -> str:
+        """A result over these axes behind the sequences, a dimension of 1 where it lacks one."""
+        home = self.home(self.graph, id_)
+        text, rank = self.aligned(self.graph, id_, axes, home)
+        if self.number(self.graph, id_):
+            text, rank = f"torch.tensor({text}, dtype=ct, device=device)", 9
+        return f"wide({text}, {len(axes) + 1})" if home == NOWHERE else held(text, rank, 0)
+
+    def scores(self) -> list[str]:
+        """The texts of logit, value and mask."""
+        found = dict(self.graph.outputs)
+        wanted = (self.form.query or "", self.source.axis or "", *self.form.heads)
+        axes = {"logit": wanted, "value": self.form.value_axes(self.source), "mask": wanted}
+        return [self.laid(found[x], axes[x]) if x in found else "None" for x in axes]
+
+    def gradients(self) -> list[str]:
+        """The text of each operand's gradient."""
+        found = dict(self.graph.outputs)
+        out = []
+        for n in self.form.inputs(self.source):
+            id_ = found.get(f"d_{n.name}", "")
+            if not id_:
+                out.append("None")
+                continue
+            home = self.home(self.graph, id_)
+            text, rank = self.aligned(self.graph, id_, n.axes, home)
+            out.append(f"{held(text, rank, 9)}.sum(0)" if home == EACH and self.form.shared(n.name) else text)
+        return out
+
+    def squeezed(self) -> list[str]:
+        """What is given over queries and rows, without the dimension that the source has not."""
+        form, source = self.form, self.source
+        pair = ":, " * (form.query is not None) + "0, " * (form.query is None)
+        pair += ":" if source.axis is not None else "0"
+        if form.query is not None and source.axis is not None:
+            return []
+        lines = [f"d_logit = d_logit[:, {pair}]"]
+        return lines + ([f"d_value = d_value[:, {pair}]"] if form.paired(source) and source.value is not None else [])
+
+    # -- tiles that are seen -----------------------------------------------------------------------------------------
+
+    def holds(self, id_: str, may: bool) -> str:
+        """The text of whether a mask may hold of some pair of two tiles, or else must of all, by the bounds of what it
+        compares; `True` or `False` where nothing is known."""
+        node, unknown = self.graph[id_], str(may)
+        if isinstance(node, N.Input):
+            return f"({self.names[id_]}[{int(may)}] > 0)"
+        if not isinstance(node, N.Map):
+            return unknown
+        if node.fn == "as":
+            return self.holds(node.args[0], may)
+        if node.fn == "not":
+            inner = self.holds(node.args[0], not may)
+            return {"True": "False", "False": "True"}.get(inner, f"~{inner}")
+        if node.fn in ("and", "or"):
+            idle, final = ("True", "False") if node.fn == "and" else ("False", "True")
+            parts = [x for x in (self.holds(a, may) for a in node.args) if x != idle]
+            if final in parts or not parts:
+                return final if parts else idle
+            return f"({(' & ' if node.fn == 'and' else ' | ').join(parts)})" if len(parts) > 1 else parts[0]
+        if node.fn not in ("<", "<=", ">", ">=", "==", "!="):
+            return unknown
+        left, right = (self.bounds(a) for a in node.args)
+        return unknown if left is None or right is None else compared(node.fn, left, right, may)
+
+    def bounds(self, id_: str) -> Bounds | None:
+        """The texts of the least and the most of a tile; None where they are not known."""
+        node = self.graph[id_]
+        if isinstance(node, N.Const):
+            text = node.size.text(9, self.known())  # type: ignore[arg-type]
+            return Bounds(text, text)
+        if isinstance(node, N.Input) and node.dtype != "bool" or isinstance(node, N.Coord) and node.axes:
+            text = self.names.get(id_) or self.coordinate(node)  # type: ignore[arg-type]
+            return Bounds(f"{text}[0]", f"{text}[1]") if "(" not in text else None
+        if not isinstance(node, N.Map) or node.fn not in ("+", "-", "neg", "as") or len(node.args) > 2:
+            return None
+        parts = [b for a in node.args if (b := self.bounds(a)) is not None]
+        if len(parts) < len(node.args):
+            return None
+        if node.fn == "as":
+            return parts[0]
+        if node.fn == "neg":
+            return Bounds(f"(-{parts[0].most})", f"(-{parts[0].least})")
+        a, b = parts
+        if node.fn == "+":
+            return Bounds(f"({a.least} + {b.least})", f"({a.most} + {b.most})")
+        return Bounds(f"({a.least} - {b.most})", f"({a.most} - {b.least})")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Texts of the least and the most value of a tile."""
+
+    least: str
+    most: str
+
+
+def compared(fn: str, a: Bounds, b: Bounds, may: bool) -> str:
+    """Whether a comparison may hold of some values, or must of all."""
+    if fn in (">", ">="):
+        return compared({">": "<", ">=": "<="}[fn], b, a, may)
+    if fn in ("<", "<="):
+        return f"({a.least} {fn} {b.most})" if may else f"({a.most} {fn} {b.least})"
+    apart = f"(({a.most} < {b.least}) | ({b.most} < {a.least}))"
+    if fn == "==":
+        return f"~{apart}" if may else f"(({a.least} == {b.most}) & ({a.most} == {b.least}))"
+    return f"(({a.least} != {b.most}) | ({a.most} != {b.least}))" if may else apart
+
+
+def attentions(unit: Unit, prefix: str, lines: Lines) -> dict[str, list[Tile]]:
+    """For each attention of a unit the functions of its sources; `prefix` tells units of one module apart."""
+    outer = Body(unit, lines, Writer(), "")
+    out = {}
+    for node in unit.graph.of_kind(N.Attend):
+        form, name = Form(outer, node), f"{prefix}{identifier(node.id)}"
+        numbers = [f"_{k + 1}" for k in range(len(node.sources))] if len(node.sources) > 1 else [""]
+        out[node.id] = [_tile(unit, form, source, name + n, lines) for source, n in zip(node.sources, numbers)]
+    return out
+
+
+def _tile(unit: Unit, form: Form, source: N.Source, name: str, lines: Lines) -> Tile:
+    assert source.scores is not None and source.gradients is not None, "the attention was not differentiated"
+    bodies: dict[str, tuple[list[str], str]] = {}
+    first = Pairs(unit, source.scores, form, source, lines)
+    first.emit()
+    bodies["scores"] = first.w.lines, ", ".join(first.scores())
+    second = Pairs(unit, source.gradients, form, source, lines)
+    second.emit()
+    bodies["gradients"] = [*second.squeezed(), *second.w.lines], "".join(x + ", " for x in second.gradients()).strip()
+    seen = "True"
+    if source.mask is not None:
+        third = Pairs(unit, source.scores, form, source, lines)
+        seen = third.holds(dict(source.scores.outputs)["mask"], may=True)
+    if seen not in ("True", "False"):
+        bodies["seen"] = [], f"torch.as_tensor({seen})"
+    everything = "\n".join(x for body, result in bodies.values() for x in [*body, result])
+    words = set(re.findall(r"(?<![.\w])[A-Za-z]\w*", everything))
+    known = [*(p.name for p in unit.params), *(a.name for a in unit.graph.axes if a.kind == "size")]
+    sizes = [n for n in dict.fromkeys(known) if n in words]
+    w = Writer()
+    floats = [o for o, n in zip(first.operands, form.inputs(source)) if n.dtype == "float"]
+    for kind, (body, result) in bodies.items():
+        _function(w, f"{name}_{kind}", kind, sizes, first.operands, floats, body, result, lines.place(form.node.span))
+    return Tile(f"{name}_scores", f"{name}_gradients", f"{name}_seen" if "seen" in bodies else "None", sizes, w.text())
+
+
+_RESULT = {
+    "scores": "tuple[Tensor, Tensor | None, Tensor | None]",
+    "gradients": "tuple[Tensor | None, ...]",
+    "seen": "Tensor",
+}
+_DOC = {
+    "scores": "A tile's logits, values and mask",
+    "gradients": "The operands' gradients, from those of a tile's logits and values",
+    "seen": "Whether some query of a tile may see some row of another, from least and most values",
+}
+
+
+def _function(w: Writer, name: str, kind: str, sizes: list[str], operands: list[str], floats: list[str],
+              body: list[str], result: str, place: str) -> None:  # fmt: skip
+    of = "tuple[Tensor, Tensor]" if kind == "seen" else "Tensor"
+    given = [*(f"{s}: Any" for s in sizes), *(f"{x}: {of}" for x in ("at", "at_rows", *operands))]
+    given += ["d_logit: Tensor", "d_value: Any"] if kind == "gradients" else []
+    w(f"def {name}(")
+    for line in textwrap.wrap(", ".join(x.replace(" ", "\0") for x in given), 110):
+        w(f"    {line}".replace("\0", " ") + ("" if line.endswith(",") else ","))
+    with w.indented(f") -> {_RESULT[kind]}:"):
+        w(f'"""{_DOC[kind]} ({place})."""')
+        if kind != "seen" and any(re.search(r"\b(ct|device)\b", x) for x in [*body, result]):
+            w(f"ct, device = {f'{floats[0]}.dtype' if floats else 'torch.float32'}, at.device")
+        for line in body:
+            w(line)
+        w(f"return {result}")
+    w()
+    w()
