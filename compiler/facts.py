@@ -169,7 +169,7 @@ def _attention(source: SourceFile, graph: Graph, node: N.Attend) -> dict[str, An
         needed = node.body.reachable(id_ for id_ in (s.logit, s.value, s.mask) if id_ is not None)
         cost = operations(node.body.evolve(nodes=tuple(n for n in node.body.nodes if n.id in needed)))
         if s.value is not None:
-            _add(cost, 2, graph, (*node.logit_axes(), *parts[s.value].axes))
+            _add(cost, 2, graph, {*node.logit_axes(), *parts[s.value].axes})
         sources.append({"rows": s.axis, "mask": mask, "operations": _cost_data(cost)})
     kept = [{"name": f.name, "axes": list(f.axes)} for f in caches(graph) if (f.node or "").startswith(f"{node.id}/")]
     return {"name": node.id, "line": _place(source, node.span), "queries": node.query, "sources": sources,

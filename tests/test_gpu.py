@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import attentions
 import cases
 import constructs
 import pytest
 import torch
-from emitted import Case, errors
+from emitted import Case, emit, errors
+from test_attention import VALUES
 from test_language import built as construct
 from test_language import settings
 from test_numerics import ALL, EDGES, PACKED, SETTINGS, SHIPPED, allowed, at_edges, built, gates
@@ -100,3 +102,12 @@ def test_one_token(built, name):  # type: ignore[no-untyped-def]
         _, state = layer(x[:, :69], state=layer.init_state(3))
         last, _ = layer.step(x[:, 69], state)
     torch.testing.assert_close(last, whole[:, 69], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", attentions.OPS)
+def test_attention(tmp_path, name, dtype):  # type: ignore[no-untyped-def]
+    module, (unit,), _ = emit(attentions.OPS[name], tmp_path, "attends.spec")
+    sizes = {"heads": 4, "dk": 24, "dv": 40}
+    for lengths, packed in (([1], False), ([300, 300], False), ([3, 0, 1, 270], True)):
+        check(errors(module, unit, Case(sizes, lengths, packed=packed, dtype=dtype, values=VALUES, device="cuda")))
