@@ -469,6 +469,22 @@ def row_of(x: Tensor, dim: int, index: int) -> Tensor:
     return x.select(dim, index) if 0 <= index < x.shape[dim] else torch.zeros_like(x.select(dim, 0))
 
 
+class Picked(torch.autograd.Function):
+    """x at indices of its last dimension, half precision as float32: so is the sum of what goes back to one place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.save_for_backward(index)
+        out = x.index_select(-1, index)
+        return out.float() if x.dtype in (torch.bfloat16, torch.float16) else out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return d_out.new_zeros(ctx.shape).index_add(-1, index, d_out).to(ctx.dtype), None
+
+
 def take(x: Tensor, index: Tensor, shared: int) -> Tensor:
     """x [*shared, *own, n] at integers [*shared, *new]: [*shared, *new, *own], 0 where they are outside 0 to n - 1.
 
@@ -480,7 +496,7 @@ def take(x: Tensor, index: Tensor, shared: int) -> Tensor:
     if n == 0:
         return x.new_zeros((*both, *new, *own))
     if all(size == 1 for size in index.shape[:shared]):
-        out = x.index_select(-1, rows.reshape(-1))
+        out = Picked.apply(x, rows.reshape(-1))  # type: ignore[no-untyped-call]
     else:
         wide = rows.view(*rows.shape[:shared], *[1] * len(own), rows.shape[-1])
         out = x.expand(*both, *own, n).gather(-1, wide.expand(*both, *own, rows.shape[-1]))
