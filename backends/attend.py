@@ -91,8 +91,8 @@ def call(p: Layout, form: Form, tiles: list[Tile], cached: dict[str, tuple[str, 
                 places[source.axis] = p.fresh("rows")
                 seq = p.seq(p.graph.axis[source.axis].space)
                 first = next((cached[n.name][0] for n in form.inputs(source) if n.name in cached), None)
-                time = p.graph.axis[source.axis].kind == "time"
-                w(f"{places[source.axis]} = Places({seq}{f', {start}' if time else ''}{f', {first}' if first else ''})")
+                begin = f"{p.chunks(source.axis)}.start" if p.graph.axis[source.axis].kind == "chunk" else start
+                w(f"{places[source.axis]} = Places({seq}, {begin}{f', {first}' if first else ''})")
             rows = places[source.axis]
         operands = [_operand(p, form, source, n, queries, rows, laid, cached) for n in form.inputs(source)]
         sides = "".join(form.side(source, n.name) for n in form.inputs(source))

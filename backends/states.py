@@ -90,7 +90,10 @@ def caches(graph: Graph) -> list[StateField]:
         for n in node.body.of_kind(N.Capture):
             if over & set(n.axes):
                 axes = tuple(a for a in n.axes if a not in over)
-                out.append(StateField(_unused(n.outer, "rows", []), axes, "cache", f"{node.id}/{n.id}", "0", n.dtype))
+                base = f"{node.id}_rows" if generic(graph[n.outer]) else n.outer
+                out.append(
+                    StateField(_unused(base, f"{node.id}_rows", []), axes, "cache", f"{node.id}/{n.id}", "0", n.dtype)
+                )
     return out
 
 
@@ -135,7 +138,8 @@ def whole_reason(unit: Unit) -> str:
             return why
         if isinstance(node, N.Gather) and graph.axis[node.axis].is_sequence:
             index = graph[node.index]
-            if not (isinstance(index, N.Bounds) and index.fn == "of" and graph.axis[node.axis].kind == "chunk"):
+            bound = index.fn if isinstance(index, N.Bounds) else ""  # a chunk's last position so far is in the call
+            if bound != ("of" if graph.axis[node.axis].kind == "chunk" else "last"):
                 return "it reads the sequence at computed positions"
         if isinstance(node, N.Recur) and graph.axis[node.axis].kind == "chunk" and _nested(graph, node):
             return "a reduction over a chunk depends on another"
@@ -146,10 +150,12 @@ def whole_reason(unit: Unit) -> str:
 
 def _attend_reason(unit: Unit, node: N.Attend) -> str:
     """Why the rows of the calls before are not enough for an attention."""
-    for axis in (s.axis for s in node.sources):
-        if axis is not None and (
-            node.query is None or unit.graph.axis[axis].space != unit.graph.axis[node.query].space
-        ):
+    own = "" if node.query is None else unit.graph.axis[node.query].space
+    rules = {n.chunk: n.rule for n in unit.graph.of_kind(N.Segment)}
+    for axis in (s.axis for s in node.sources if s.axis is not None):
+        home = unit.graph.axis[axis]
+        cut = unit.graph.axis[home.parent].space if home.kind == "chunk" and home.parent else home.space
+        if cut != own or rules.get(home.space, "fixed") != "fixed":
             return f"an attention reads rows over {axis}"
     return "an attention looks ahead" if unit.looks_ahead else ""
 

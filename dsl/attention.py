@@ -24,14 +24,15 @@ class Attentions(Recurrences):
         before = len(self.report.errors)
         target = self.axis_list(s.axes) if s.axes is not None else None
         given = [(source, axis, self.parts(source)) for source, axis in self.sources(s)]
+        whole = all(len(parts) == len(source.body) for source, _, parts in given)  # else names were unknown already
         if not given and len(self.report.errors) == before:
             self.report.error("no-source", f"'{s.name.text}' reads no rows", s.span,
                               hints=("write 'over s { logit = ... }'",))  # fmt: skip
-        if given and not any("value" in parts for _, _, parts in given) and len(self.report.errors) == before:
+        if whole and given and not any("value" in parts for _, _, parts in given) and len(self.report.errors) == before:
             self.report.error("no-source", f"no source of '{s.name.text}' has a value", s.span,
                               hints=("write 'value = ...'",))  # fmt: skip
-        query = self.query(s, given) if len(self.report.errors) == before else None
-        if len(self.report.errors) == before:
+        query = self.query(s, given) if whole and len(self.report.errors) == before else None
+        if whole and len(self.report.errors) == before:
             id_ = self.attend(s, given, query, target)
             if id_ is not None and self.scope.declare(s.name, Value(id_, s.name.span)):
                 return
@@ -177,6 +178,8 @@ class Region:
     def plain(self, id_: str) -> bool:
         """Whether a value is made of coordinates and numbers alone."""
         node: N.AnyNode = self.outer.nodes[id_]
+        if isinstance(node, N.Bounds):  # the coordinate of chunks
+            return node.fn == "index" and node.chunk == self.axis
         return isinstance(node, N.Const | N.Coord) or isinstance(node, N.Map) and all(map(self.plain, node.args))
 
     def brought(self, id_: str) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import cases
 import torch
+from shipped import RECURRENCES
 from torch import Tensor
 
 from chunkc.driver import check_source
@@ -19,8 +19,7 @@ from chunkc.ir.graph import Graph
 from chunkc.passes.regions import Slot, renumbered, result_names, slots, state_axes
 from chunkc.pipeline import run
 
-SPECS = Path(__file__).resolve().parent.parent / "specs"
-TEXTS = {**{p.stem: p.read_text() for p in sorted(SPECS.glob("*.spec"))}, **cases.OPS}
+TEXTS = {**RECURRENCES, **cases.OPS}
 SIZES = (2, 3, 4, 5, 6, 7)
 TOKENS = 21
 

@@ -14,9 +14,11 @@ import attentions
 import pytest
 import torch
 from emitted import Case, draw, emit, errors
+from shipped import ATTENTIONS, SPECS
 from torch import Tensor
 
-from chunkc.driver import check_source, compile_source
+import chunkc
+from chunkc.driver import check_path, check_source, compile_source
 from chunkc.interp import Interpreter, Run
 from chunkc.ir import nodes as N
 from chunkc.ir.diagnostics import CompileError, SourceFile
@@ -225,8 +227,6 @@ WINDOW = """causal op window(heads: int, dk: int, dv: int, window: int) {
 def test_long_sequences_need_little_memory(tmp_path: Path) -> None:
     """Causal attention of 16384 tokens, forward and backward, in less than 1 GiB beside what importing torch takes."""
     (tmp_path / "window.spec").write_text(WINDOW)
-    import chunkc
-
     chunkc.build(tmp_path / "window.spec", tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", LONG, str(tmp_path), "16384"], capture_output=True, text=True, check=True
@@ -270,3 +270,73 @@ def test_the_reason_names_the_mask() -> None:
     with pytest.raises(CompileError) as caught:
         check_source(SourceFile("attends.spec", text))
     assert "its mask does not say s <= t" in str(caught.value.diagnostics[0])
+
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "causal_attention": {"kv": 2}, "sliding_window": {"window": 9, "sink": 3}, "alibi": {}, "softcap": {"cap": 5.0},
+    "document_attention": {}, "prefix_lm": {}, "longformer": {"window": 6, "dilation": 3, "dilated": 2},
+    "bigbird": {"block": 8},
+    "cross_attention": {}, "set_transformer": {"seeds": 3}, "rat": {"shared": 2, "length": 4}, "hybrid": {"window": 9},
+    "language_model": {"vocab": 11, "window": 9},
+}  # fmt: skip
+STACKS = ("hybrid", "language_model")  # in half precision, roundings of many layers add up
+TOKENS: Values = {**VALUES, "prefix": VALUES["pre"], "far": VALUES["pre"]}
+
+
+def shipped(name: str) -> tuple[ModuleType, Unit, dict[str, Any], Values]:
+    """A shipped spec: its module, its last unit, small sizes, and values for its inputs."""
+    path = SPECS / f"{name}.spec"
+    values = {**TOKENS, **({"x": lambda shape: torch.randint(0, 11, shape)} if name == "language_model" else {})}
+    if name != "language_model":
+        values.pop("x")
+    unit = check_path(path).module.units[-1]
+    return chunkc.load(path), unit, {"d_model": 32, "heads": 4, **LAYERS[name]}, values
+
+
+def test_each_spec_that_attends_is_tested() -> None:
+    assert sorted(LAYERS) == ATTENTIONS
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_layers(name: str, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and name in STACKS:
+        return
+    module, unit, sizes, values = shipped(name)
+    for lengths, packed in (([41, 41], False), ([3, 0, 1, 50], True)):
+        if name != "cross_attention" or not packed:
+            found = errors(module, unit, Case(sizes, lengths, packed=packed, dtype=dtype, values=values))
+            assert max(found.values()) <= (4 if dtype == torch.bfloat16 else 1), (lengths, found)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_token_at_a_time(name: str) -> None:
+    """A layer that is causal has a step, which gives what the whole gives; one that is not has none."""
+    module, unit, sizes, values = shipped(name)
+    torch.manual_seed(0)
+    layer = getattr(module, unit.name)(**sizes, dtype=torch.float64)
+    assert hasattr(layer, "step") == (not unit.looks_ahead)
+    if unit.looks_ahead:
+        return
+    inputs, _ = draw(unit, Case(sizes, [23, 23], dtype=torch.float64, values=values))
+    inputs = {n: x.view(2, 23, *x.shape[1:]) for n, x in inputs.items()}
+    whole, state, rows = layer(**inputs), layer.init_state(2, torch.float64), []
+    for t in range(23):
+        y, state = layer.step(*(x[:, t] for x in inputs.values()), state)
+        rows.append(y)
+    torch.testing.assert_close(torch.stack(rows, 1), whole, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_called_causal_is(name: str) -> None:
+    """Later tokens change nothing before them."""
+    module, unit, sizes, values = shipped(name)
+    if unit.looks_ahead:
+        return
+    layer = getattr(module, unit.name)(**sizes, dtype=torch.float64)
+    inputs, _ = draw(unit, Case(sizes, [40], dtype=torch.float64, values=values))
+    other, _ = draw(unit, Case(sizes, [40], dtype=torch.float64, values=values, seed=1))
+    for cut in (1, 13, 32):
+        mixed = {n: torch.cat([x[:cut], other[n][cut:]])[None] for n, x in inputs.items()}
+        whole = layer(**{n: x[None] for n, x in inputs.items()})
+        assert torch.equal(layer(**mixed)[:, :cut], whole[:, :cut])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import cases
 import pytest
 import torch
 from emitted import Case, draw
+from shipped import RECURRENCES
 
 from chunkc.driver import Compiled, compile_source
 from chunkc.dsl.causality import looks_ahead
@@ -17,14 +16,13 @@ from chunkc.ir import nodes as N
 from chunkc.ir.diagnostics import SourceFile
 from chunkc.ir.ranges import Ranges
 
-SPECS = Path(__file__).resolve().parent.parent / "specs"
 SETTINGS = {"d_model": 32, "heads": 2, "low": 3, "d_in": 5, "expand": 2, "head": 8, "kv": 2, "states": 6, "width": 4,
             "wide": 4, "dk": 24, "dv": 40, "scale": 0.3}  # fmt: skip
-SHIPPED = sorted(p.stem for p in SPECS.glob("*.spec"))
+SHIPPED = sorted(RECURRENCES)
 
 
 def compiled(name: str) -> Compiled:
-    text = cases.OPS[name] if name in cases.OPS else (SPECS / f"{name}.spec").read_text()
+    text = cases.OPS[name] if name in cases.OPS else RECURRENCES[name]
     return compile_source(SourceFile(f"{name}.spec", text))
 
 

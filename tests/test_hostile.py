@@ -303,7 +303,7 @@ def test_made_to_hurt(name: str) -> None:
     survives(HURTFUL[name])
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [s for s in SPECS if not s.startswith("use ")])
 def test_other_line_ends_change_nothing(spec: str) -> None:
     text = spec.replace("\n", "\r\n")
     assert not survives(text)

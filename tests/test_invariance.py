@@ -13,6 +13,7 @@ import cases
 import pytest
 import torch
 from emitted import Case, draw, state_shapes
+from shipped import RECURRENCES
 from torch import Tensor
 
 from chunkc.driver import compile_source
@@ -24,7 +25,7 @@ from chunkc.ir.diagnostics import SourceFile
 from chunkc.ir.graph import Unit
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = {p.stem: p.read_text() for p in sorted((ROOT / "specs").glob("*.spec"))}
+SHIPPED = RECURRENCES
 TEXTS = {**SHIPPED, **cases.OPS}
 SETTINGS = {
     "d_model": 8, "heads": 2, "low": 3, "d_in": 5, "expand": 2, "head": 4, "kv": 2, "states": 3, "width": 4,

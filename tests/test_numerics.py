@@ -11,10 +11,10 @@ import cases
 import pytest
 import torch
 from emitted import Case, emit, errors
+from shipped import RECURRENCES
 
 from chunkc.ir.graph import Unit
 
-SPECS = Path(__file__).resolve().parent.parent / "specs"
 SETTINGS = {
     "d_model": 32, "heads": 2, "low": 3, "d_in": 5, "expand": 2, "head": 8, "kv": 2, "states": 6, "width": 4,
     "wide": 4, "dk": 24, "dv": 40, "scale": 0.3,
@@ -29,7 +29,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def get(name: str) -> tuple[ModuleType, Unit]:
         if name not in _built:
-            text = cases.OPS[name] if name in cases.OPS else (SPECS / f"{name}.spec").read_text()
+            text = cases.OPS[name] if name in cases.OPS else RECURRENCES[name]
             module, semantic, _ = emit(text, folder, f"{name}.spec")
             _built[name] = (module, semantic[0])
         return _built[name]
@@ -61,7 +61,7 @@ def check(found: dict[str, float], most: float = 1.0) -> None:
     assert max(found.values()) <= most, {k: v for k, v in found.items() if v > most}
 
 
-SHIPPED = sorted(p.stem for p in SPECS.glob("*.spec"))
+SHIPPED = sorted(RECURRENCES)
 ALL = [*SHIPPED, *cases.OPS]
 
 

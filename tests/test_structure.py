@@ -15,6 +15,7 @@ import cases
 import pytest
 from crosscompile import TARGETS, compile_kernel, sources, usage
 from emitted import emit
+from shipped import RECURRENCES
 
 from chunkc.backends.scan import ScanForm, scan_form
 from chunkc.backends.triton.emit import kernels_of, launches, spans_of
@@ -25,8 +26,7 @@ from chunkc.driver import compile_source
 from chunkc.ir import nodes as N
 from chunkc.ir.diagnostics import SourceFile
 
-SPECS = Path(__file__).resolve().parent.parent / "specs"
-SHIPPED = {p.stem: p.read_text() for p in sorted(SPECS.glob("*.spec"))}
+SHIPPED = RECURRENCES
 TEXTS = {**SHIPPED, **cases.OPS}
 VECTOR = {
     k.name: k for k in (vector_kernel(False, False), vector_kernel(True, False), vector_kernel(False, True))

@@ -8,8 +8,9 @@ from typing import Any
 
 import cases
 import pytest
-from derived import ALL, IDS, SPECS, TEXTS, scans
+from derived import ALL, IDS, TEXTS, scans
 from emitted import Case, emit, errors
+from shipped import SPECS
 
 from chunkc import cli
 from chunkc.ir import nodes as N

@@ -35,9 +35,13 @@ class Pairs(Body):
     def per_sequence(self, graph: Graph, node: N.AnyNode) -> bool:
         if isinstance(node, N.Input):
             return node.name in ("d_logit", "d_value") or not self.form.shared(node.name)
-        if isinstance(node, N.Coord):
-            return self.graph.axis[node.axis].is_sequence
+        if isinstance(node, N.Coord | N.Bounds):
+            return self.is_place(node)
         return super().per_sequence(graph, node)
+
+    def is_place(self, node: N.AnyNode) -> bool:
+        """Whether a node is the position of a query or of a row."""
+        return isinstance(node, N.Bounds) or isinstance(node, N.Coord) and self.graph.axis[node.axis].is_sequence
 
     def lead(self, home: str) -> list[str]:
         return [] if home == NOWHERE else ["at.shape[0]"]
@@ -48,12 +52,12 @@ class Pairs(Body):
         return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
     def inline(self, graph: Graph, node: N.AnyNode, users: list[N.AnyNode], kept: set[str]) -> bool:
-        return isinstance(node, N.Coord) or super().inline(graph, node, users, kept)
+        return isinstance(node, N.Coord | N.Bounds) or super().inline(graph, node, users, kept)
 
-    def coordinate(self, node: N.Coord) -> str:
-        if node.axis in (self.form.query, self.source.axis):
-            return "at" if node.axis == self.form.query else "at_rows"
-        return super().coordinate(node)
+    def expression(self, graph: Graph, node: N.AnyNode) -> tuple[str, int]:
+        if self.is_place(node):
+            return "at" if node.axes == (self.form.query,) else "at_rows", 9
+        return super().expression(graph, node)
 
     def emit(self) -> None:
         kept = {id_ for _, id_ in self.graph.outputs}
@@ -133,16 +137,19 @@ class Pairs(Body):
         if isinstance(node, N.Const):
             text = node.size.text(9, self.known())  # type: ignore[arg-type]
             return Bounds(text, text)
-        if isinstance(node, N.Input) and node.dtype != "bool" or isinstance(node, N.Coord) and node.axes:
-            text = self.names.get(id_) or self.coordinate(node)  # type: ignore[arg-type]
-            return Bounds(f"{text}[0]", f"{text}[1]") if "(" not in text else None
-        if not isinstance(node, N.Map) or node.fn not in ("+", "-", "neg", "as") or len(node.args) > 2:
+        if isinstance(node, N.Input) and node.dtype != "bool" or self.is_place(node):
+            text = self.names.get(id_) or self.expression(self.graph, node)[0]
+            return Bounds(f"{text}[0]", f"{text}[1]")
+        if not isinstance(node, N.Map) or node.fn not in ("+", "-", "neg", "as", "abs") or len(node.args) > 2:
             return None
         parts = [b for a in node.args if (b := self.bounds(a)) is not None]
         if len(parts) < len(node.args):
             return None
         if node.fn == "as":
             return parts[0]
+        if node.fn == "abs":
+            return Bounds(f"torch.maximum({parts[0].least}, -{parts[0].most}).clamp(min=0)",
+                          f"torch.maximum(-{parts[0].least}, {parts[0].most})")  # fmt: skip
         if node.fn == "neg":
             return Bounds(f"(-{parts[0].most})", f"(-{parts[0].least})")
         a, b = parts

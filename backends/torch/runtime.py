@@ -495,6 +495,7 @@ def take(x: Tensor, index: Tensor, shared: int) -> Tensor:
     rows = index.clamp(0, max(n - 1, 0)).reshape(*index.shape[:shared], math.prod(new))
     if n == 0:
         return x.new_zeros((*both, *new, *own))
+    out: Tensor
     if all(size == 1 for size in index.shape[:shared]):
         out = Picked.apply(x, rows.reshape(-1))  # type: ignore[no-untyped-call]
     else:
