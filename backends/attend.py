@@ -61,12 +61,13 @@ class Form:
 
 @dataclass(frozen=True)
 class Tile:
-    """A source's functions of a tile: their names (`seen` is None where every tile is), the sizes that they are given
-    first, and their text."""
+    """A source's functions of a tile: their names (`seen` is None where every tile is), the operands that `seen`
+    compares, the sizes that all are given first, and their text."""
 
     scores: str
     gradients: str
     seen: str
+    compared: list[int]
     sizes: list[str]
     text: str
 
@@ -98,7 +99,8 @@ def call(p: Layout, form: Form, tiles: list[Tile], cached: dict[str, tuple[str, 
         sides = "".join(form.side(source, n.name) for n in form.inputs(source))
         w(f"{(name := p.fresh('source'))} = Source(")
         names = [x if x == "None" else f"_torch.{x}" for x in (tile.scores, tile.gradients, tile.seen)]
-        w(f"    {rows}, {', '.join(names)}, ({''.join(s + ', ' for s in tile.sizes).rstrip()}),")
+        compared = "".join(f"{k}, " for k in tile.compared).rstrip()
+        w(f"    {rows}, {', '.join(names)}, ({compared}), ({''.join(s + ', ' for s in tile.sizes).rstrip()}),")
         w(f'    ({"".join(o + ", " for o in operands).rstrip()}), "{sides}", "{form.read(source)}")')
         made.append(name)
     weighted = "".join("w" if a in form.heads else "." for a in form.own)

@@ -20,10 +20,7 @@ from chunkc.ir.diagnostics import SourceFile
 from chunkc.ir.graph import Graph, Unit
 from chunkc.ir.rewrite import Rebinding
 
-RUNTIME = Path(__file__).parent / "torch" / "runtime.py"
-CHECKS = Path(__file__).parent / "torch" / "checks.py"
-CHUNKS = Path(__file__).parent / "torch" / "chunks.py"
-ATTEND = Path(__file__).parent / "torch" / "attend.py"
+AT_RUN_TIME = Path(__file__).parent / "torch"  # modules that are copied into packages
 
 
 def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[str, Number]) -> dict[str, str]:
@@ -37,16 +34,16 @@ def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[st
         "__init__.py": head + "\n" + _modules(units, names, lines, settings),
         "_torch.py": head + "\n" + _torch(units, lines),
         "_kernels.py": head + "\n" + emit_kernels(units, lines),
-        "_checks.py": CHECKS.read_text(encoding="utf-8"),
-        "_runtime.py": RUNTIME.read_text(encoding="utf-8"),
-        **({"_chunks.py": _beside(CHUNKS)} if any(u.graph.of_kind(N.Segment) for u in units) else {}),
-        **({"_attend.py": _beside(ATTEND)} if any(u.graph.of_kind(N.Attend) for u in units) else {}),
+        **{f"_{name}.py": _copied(name) for name in ("checks", "functions", "runtime")},
+        **({"_chunks.py": _copied("chunks")} if any(u.graph.of_kind(N.Segment) for u in units) else {}),
+        **({"_attend.py": _copied("attend")} if any(u.graph.of_kind(N.Attend) for u in units) else {}),
     }
 
 
-def _beside(path: Path) -> str:
-    """A module of the run time that imports the sequences from beside it."""
-    return path.read_text(encoding="utf-8").replace("from chunkc.backends.torch.runtime", "from ._runtime")
+def _copied(name: str) -> str:
+    """A module of the run time, which imports others from beside it."""
+    text = (AT_RUN_TIME / f"{name}.py").read_text(encoding="utf-8")
+    return text.replace("from chunkc.backends.torch.", "from ._")
 
 
 def _safe_names(unit: Unit) -> Unit:
@@ -72,11 +69,13 @@ def _torch(units: tuple[Unit, ...], lines: Lines) -> str:
         if "F" in words:
             w("from torch.nn import functional as F")
         w()
-    if "wide" in words:
-        w("from ._attend import wide")
+    if helpers := sorted({"larger", "wide"} & words):
+        w(f"from ._attend import {', '.join(helpers)}")
+    if helpers := [n for n in FUNCTIONS if n in words]:
+        w(f"from ._functions import {', '.join(helpers)}")
     used = ["max_plus_scan", "vector_scan", *(n for n in RUNTIME_NAMES if n in words)]
     if forms:
-        used += ["LOG_SMALL", "once", "Sequences", "after", "before", "halves", "levels", "log_gate"]
+        used += ["LOG_SMALL", "once", "Sequences", "after", "before", "halves", "levels", "log_gate", "uncast"]
     w(f"from ._runtime import {', '.join(sorted(used))}")
     w()
     names = [f"{scan_form(s, _axes(u.graph), prefix_of(u, units)).name}_scan" for u, s in forms]
@@ -107,19 +106,21 @@ CHECK_NAMES = (
     "check_values",
     "length",
 )
+FUNCTIONS = (
+    "along_valid", "inv_softplus", "l2_norm", "layer_norm", "linear", "masked", "over_valid", "rms_norm", "row_of",
+    "scatter", "softmax", "take",
+)  # fmt: skip
 RUNTIME_NAMES = (
-    "Sequences", "Weights", "along_valid", "axis_size", "complex_type", "compute_dtype", "exact", "inv_softplus",
-    "l2_norm", "lay", "layer_norm", "linear", "masked", "over_valid", "rms_norm", "row_of", "softmax", "stopped",
-    "scatter", "take", "use_kernels",
+    "Sequences", "Weights", "axis_size", "complex_type", "compute_dtype", "exact", "lay", "stopped", "use_kernels",
 )  # fmt: skip
 
 
-def _modules(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines, settings: Mapping[str, Number]) -> str:
-    """`__init__.py`; `names` are the spec's for each unit's parameters."""
+def _modules(units: tuple[Unit, ...], given: list[dict[str, str]], lines: Lines, settings: Mapping[str, Number]) -> str:
+    """`__init__.py`; `given` are the spec's names for each unit's parameters."""
     body = Writer()
-    _module_body(units, names, lines, settings, body)
+    _module_body(units, given, lines, settings, body)
     shown = {public(n.name) for u in units for n in u.graph.of_kind(N.Input, N.Param)} | {u.name for u in units}
-    written, hidden = _unshadowed(body.text(), shown | {public(p) for given in names for p in given.values()})
+    written, hidden = _unshadowed(body.text(), shown | {public(p) for names in given for p in names.values()})
     used = set(re.findall(r"\w+", written))
     w = Writer()
     w("from __future__ import annotations")
@@ -144,11 +145,12 @@ def _modules(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines,
         w("from ._attend import Places, Source, attend")
     if any(u.graph.of_kind(N.Segment) for u in units):
         w("from ._chunks import Chunks")
-    w("from ._runtime import (")
-    for name in RUNTIME_NAMES:
-        if name in used:
-            w(f"    {name},")
-    w(")")
+    for module, names in (("_functions", FUNCTIONS), ("_runtime", RUNTIME_NAMES)):
+        if found := [name for name in names if name in used]:
+            w(f"from .{module} import (")
+            for name in found:
+                w(f"    {name},")
+            w(")")
     w()
     head = w.text()
     builtin = [name for name in hidden if hasattr(builtins, name)]

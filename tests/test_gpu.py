@@ -6,6 +6,7 @@ import attentions
 import cases
 import constructs
 import pytest
+import test_pytorch as inside
 import torch
 from emitted import Case, emit, errors
 from test_attention import VALUES
@@ -111,3 +112,60 @@ def test_attention(tmp_path, name, dtype):  # type: ignore[no-untyped-def]
     sizes = {"heads": 4, "dk": 24, "dv": 40}
     for lengths, packed in (([1], False), ([300, 300], False), ([3, 0, 1, 270], True)):
         check(errors(module, unit, Case(sizes, lengths, packed=packed, dtype=dtype, values=VALUES, device="cuda")))
+
+
+INSIDE = ("gated_linear_attention", "mamba2", "hgrn", "hybrid")
+
+
+def on_gpu(name):  # type: ignore[no-untyped-def]
+    made = inside.layer(name).cuda()
+    return made, torch.randn(2, 300, 32, device="cuda", requires_grad=True)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_autocast(name):  # type: ignore[no-untyped-def]
+    made, x = on_gpu(name)
+    whole = made(x)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = made(x)
+    y.float().square().sum().backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all()
+    assert (y - whole).norm() < 0.05 * whole.norm()
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_compile_has_no_break(name):  # type: ignore[no-untyped-def]
+    torch._dynamo.reset()
+    made, x = on_gpu(name)
+    y, wanted = torch.compile(made, fullgraph=True, backend="aot_eager")(x), made(x)
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(z.square().sum(), [x, *made.parameters()]) for z in (y, wanted))):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_cuda_graphs(name):  # type: ignore[no-untyped-def]
+    """A step of training is captured and played again on other data."""
+    made, x = on_gpu(name)
+    x.requires_grad_(False)
+
+    def step():  # type: ignore[no-untyped-def]
+        made.zero_grad(set_to_none=False)
+        loss = made(x).square().sum()
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # kernels are compiled, and gradients made, before the capture
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    found = [loss.clone(), *(p.grad.clone() for p in made.parameters())]
+    wanted = [step().detach(), *(p.grad for p in made.parameters())]
+    for a, b in zip(found, wanted):
+        torch.testing.assert_close(a, b)

@@ -110,19 +110,22 @@ def test_constraints_are_within_what_pyproject_asks_for() -> None:
         assert wanted.specifier.contains(exact.version), f"{pin} is not within {wanted}"
 
 
+COPIED = ("attend", "checks", "chunks", "functions", "runtime")
+
+
 def test_runtime_modules_import_only_torch_triton_and_the_standard_library() -> None:
     """They are copied into emitted packages, which must not need chunkc."""
     allowed = {"torch", "triton"} | sys.stdlib_module_names
     for name, path in files():
-        if path.parent.name != "torch" or path.name not in ("runtime.py", "chunks.py", "checks.py"):
+        if path.parent.name != "torch" or path.stem not in COPIED:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 roots = {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{name}:{node.lineno}: a relative import"
-                if path.name == "chunks.py" and node.module == "chunkc.backends.torch.runtime":
-                    continue  # copying makes this one relative
+                if node.module in [f"chunkc.backends.torch.{n}" for n in COPIED]:
+                    continue  # copying makes these relative
                 roots = {(node.module or "").split(".")[0]}
             else:
                 continue

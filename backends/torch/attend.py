@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkc.backends.torch.runtime import Sequences, once
+from chunkc.backends.torch.runtime import Sequences, no_autocast, once, uncast
 
 QUERIES, ROWS = 256, 512  # of a tile
-Bounds = tuple[Tensor, Tensor]  # the least and the most of a tile
+Number = Tensor | int
+Bounds = tuple[Number, Number]  # the least and the most of a tile: tensors [N, 1], or numbers that are known
 
 
 class Places:
@@ -30,6 +31,7 @@ class Places:
         if seq is not None and cached is not None and start is None:
             start = seq.offsets.new_zeros(seq.count)
         self.seq, self.start, self.cached = seq, start, cached
+        self.known = seq is not None and not seq.packed and start is None  # positions are known without their values
         if seq is None:  # one query a sequence, of no position
             self.at, self.inside = torch.zeros((count, 1), dtype=torch.int64, device=device), None
         elif cached is None:
@@ -68,12 +70,14 @@ class Source:
 
     `scores(*sizes, at, at_rows, *operands)` gives a tile's logits [N, C, S, *L], values and mask; `gradients`, called
     likewise with the gradients of logits and values, those of the operands. `seen` takes least and most in the place of
-    values: whether some query of a tile may see some row. `read` sums weights times values, as einsum writes it."""
+    values, of places and of those operands that `compared` numbers: whether some query of a tile may see some row.
+    `read` sums weights times values, as einsum writes it."""
 
     rows: Places | None  # None: one row, each query's own
     scores: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
     gradients: Callable[..., tuple[Tensor | None, ...]]
-    seen: Callable[..., Tensor] | None
+    seen: Callable[..., Tensor | bool] | None
+    compared: tuple[int, ...]
     sizes: tuple[Any, ...]
     operands: tuple[Tensor, ...]
     sides: str
@@ -106,15 +110,22 @@ class Attention:
             yield slice(0, 1)
             return
         tiles = source.rows.tiles(ROWS)
-        if source.seen is None or not tiles:
+        known = self.queries.known and source.rows.known
+        blind = torch.compiler.is_compiling() or self.queries.at.is_meta  # values must not be read
+        if source.seen is None or not tiles or not known and blind:
             yield from tiles
             return
-        at = _bounds(self.queries.at, [part])
-        below = _bounds(source.rows.at, tiles)
-        given = [_bounds(x, [part] if side == "q" else tiles if side == "r" else None)
-                 for x, side in zip(operands, source.sides)]  # fmt: skip
-        seen = source.seen(*source.sizes, at, below, *given).expand(-1, len(tiles)).any(0)
-        yield from (tile for tile, some in zip(tiles, seen.tolist()) if some)
+        if known and (blind or not source.compared):
+            at = part.start, part.stop - 1
+            for tile in tiles:
+                wide = [(-math.inf, math.inf)] * len(source.compared)
+                if source.seen(*source.sizes, at, (tile.start, tile.stop - 1), *wide):
+                    yield tile
+            return
+        given = [_bounds(operands[k], {"q": [part], "r": tiles}.get(source.sides[k])) for k in source.compared]
+        some = source.seen(*source.sizes, _bounds(self.queries.at, [part]), _bounds(source.rows.at, tiles), *given)
+        seen = torch.as_tensor(some).expand(self.queries.at.shape[0], len(tiles)).any(0)
+        yield from (tile for tile, found in zip(tiles, seen.tolist()) if found)
 
     def tile(self, source: Source, part: slice, tile: slice, operands: tuple[Tensor, ...]) -> list[Tensor]:
         """The operands of one tile, places first."""
@@ -194,6 +205,13 @@ def _sides(read: str) -> tuple[str, str]:
     return f"{result},{values}->{weights}", f"{weights},{result}->{values}"
 
 
+def larger(a: Number, b: Number) -> Number:
+    """The larger one."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+    return max(a, b)
+
+
 def _bounds(x: Tensor, tiles: list[slice] | None) -> Bounds:
     """The least and the most of each tile [N, tiles], of a value of neither side [1, 1]."""
     if x.dtype == torch.bool:
@@ -216,6 +234,7 @@ class Attend(torch.autograd.Function):
         return out
 
     @staticmethod
+    @uncast
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         once()
         out, logs, *flat = ctx.saved_tensors
@@ -241,6 +260,10 @@ def attend(
 
     `shape` is O's; `weighted` has a w for each of its axes that weights have, else a dot."""
     attention = Attention(queries, sources, shape, weighted, dtype)
-    flat = tuple(x for source in sources for x in source.operands)
-    out: Tensor = Attend.apply(attention, *flat)  # type: ignore[no-untyped-call]
+    flat: list[Tensor] = []
+    for x in (x for source in sources for x in source.operands):
+        x = x.to(dtype) if x.is_floating_point() else x
+        flat.append(x.view_as(x) if any(x is y for y in flat) else x)  # torch.compile wants each once
+    with no_autocast(queries.at.device):
+        out: Tensor = Attend.apply(attention, *flat)  # type: ignore[no-untyped-call]
     return queries.unlay(out)

@@ -30,6 +30,8 @@ def check_tensors(who: str, tensors: Mapping[str, tuple[Tensor, tuple[int | str,
     for name, (x, shape, kind) in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{who}: '{name}' is a {type(x).__name__}, not a tensor")
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+            raise RuntimeError(f"{who} does not go through torch.func.vmap: its first dimension is the batch already")
         wanted = ", ".join(str(lead.get(n, n)) if isinstance(n, str) else str(n) for n in shape)
         if x.dim() != len(shape):
             raise ValueError(f"{who}: '{name}' has shape {tuple(x.shape)}, wanted [{wanted}]")

@@ -119,7 +119,7 @@ class Pairs(Body):
             return self.holds(node.args[0], may)
         if node.fn == "not":
             inner = self.holds(node.args[0], not may)
-            return {"True": "False", "False": "True"}.get(inner, f"~{inner}")
+            return {"True": "False", "False": "True"}.get(inner, f"({inner} ^ True)")
         if node.fn in ("and", "or"):
             idle, final = ("True", "False") if node.fn == "and" else ("False", "True")
             parts = [x for x in (self.holds(a, may) for a in node.args) if x != idle]
@@ -148,8 +148,8 @@ class Pairs(Body):
         if node.fn == "as":
             return parts[0]
         if node.fn == "abs":
-            return Bounds(f"torch.maximum({parts[0].least}, -{parts[0].most}).clamp(min=0)",
-                          f"torch.maximum(-{parts[0].least}, {parts[0].most})")  # fmt: skip
+            least, most = parts[0].least, parts[0].most
+            return Bounds(f"larger(larger({least}, -{most}), 0)", f"larger(-{least}, {most})")
         if node.fn == "neg":
             return Bounds(f"(-{parts[0].most})", f"(-{parts[0].least})")
         a, b = parts
@@ -174,7 +174,7 @@ def compared(fn: str, a: Bounds, b: Bounds, may: bool) -> str:
         return f"({a.least} {fn} {b.most})" if may else f"({a.most} {fn} {b.least})"
     apart = f"(({a.most} < {b.least}) | ({b.most} < {a.least}))"
     if fn == "==":
-        return f"~{apart}" if may else f"(({a.least} == {b.most}) & ({a.most} == {b.least}))"
+        return f"({apart} ^ True)" if may else f"(({a.least} == {b.most}) & ({a.most} == {b.least}))"
     return f"(({a.least} != {b.most}) | ({a.most} != {b.least}))" if may else apart
 
 
@@ -203,22 +203,25 @@ def _tile(unit: Unit, form: Form, source: N.Source, name: str, lines: Lines) -> 
         third = Pairs(unit, source.scores, form, source, lines)
         seen = third.holds(dict(source.scores.outputs)["mask"], may=True)
     if seen not in ("True", "False"):
-        bodies["seen"] = [], f"torch.as_tensor({seen})"
+        bodies["seen"] = [], seen
     everything = "\n".join(x for body, result in bodies.values() for x in [*body, result])
     words = set(re.findall(r"(?<![.\w])[A-Za-z]\w*", everything))
     known = [*(p.name for p in unit.params), *(a.name for a in unit.graph.axes if a.kind == "size")]
     sizes = [n for n in dict.fromkeys(known) if n in words]
-    w = Writer()
+    w, words = Writer(), set(re.findall(r"(?<![.\w])[A-Za-z]\w*", seen))
+    compared = [k for k, o in enumerate(first.operands) if o in words]
     floats = [o for o, n in zip(first.operands, form.inputs(source)) if n.dtype == "float"]
     for kind, (body, result) in bodies.items():
-        _function(w, f"{name}_{kind}", kind, sizes, first.operands, floats, body, result, lines.place(form.node.span))
-    return Tile(f"{name}_scores", f"{name}_gradients", f"{name}_seen" if "seen" in bodies else "None", sizes, w.text())
+        operands = first.operands if kind != "seen" else [first.operands[k] for k in compared]
+        _function(w, f"{name}_{kind}", kind, sizes, operands, floats, body, result, lines.place(form.node.span))
+    seen_name = f"{name}_seen" if "seen" in bodies else "None"
+    return Tile(f"{name}_scores", f"{name}_gradients", seen_name, compared, sizes, w.text())
 
 
 _RESULT = {
     "scores": "tuple[Tensor, Tensor | None, Tensor | None]",
     "gradients": "tuple[Tensor | None, ...]",
-    "seen": "Tensor",
+    "seen": "Any",
 }
 _DOC = {
     "scores": "A tile's logits, values and mask",
@@ -229,7 +232,7 @@ _DOC = {
 
 def _function(w: Writer, name: str, kind: str, sizes: list[str], operands: list[str], floats: list[str],
               body: list[str], result: str, place: str) -> None:  # fmt: skip
-    of = "tuple[Tensor, Tensor]" if kind == "seen" else "Tensor"
+    of = "tuple[Any, Any]" if kind == "seen" else "Tensor"
     given = [*(f"{s}: Any" for s in sizes), *(f"{x}: {of}" for x in ("at", "at_rows", *operands))]
     given += ["d_logit: Tensor", "d_value: Any"] if kind == "gradients" else []
     w(f"def {name}(")

@@ -6,14 +6,18 @@ Copied into each package as `_runtime.py`; it imports torch alone. Shapes: B bat
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from chunkc.backends.torch.functions import take
 
 TILE = 64
 LOG_ZERO = -1e4  # the logarithm of a gate of 0: finite, so that sums of it stay finite, and exp of it is exactly 0
@@ -113,7 +117,7 @@ class Sequences:
 
         def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
             start, stop, first, counts = self.tile_table()
-            used = int(counts.sum())
+            used = int(counts.sum()) if self.packed else start.shape[0]  # a dense batch's are known without its values
             token = start[:used, None] + torch.arange(TILE, device=self.device)
             return token, token < stop[:used, None], first, counts
 
@@ -144,6 +148,10 @@ class Sequences:
 
     def tile(self, x: Tensor) -> Tensor:
         """[B, T, H, D] in tiles [n, H, C, D], 0 where a tile goes beyond its sequence."""
+        if not self.packed:
+            each = -(-self.tokens // TILE)
+            padded = F.pad(x, (0, 0, 0, 0, 0, each * TILE - self.tokens))
+            return padded.reshape(self.rows * each, TILE, *x.shape[2:]).transpose(1, 2).contiguous()
         token, inside, _, _ = self._tiling()
         flat = x.reshape(self.rows * self.tokens, *x.shape[2:])
         picked = flat[token.clamp(max=max(flat.shape[0] - 1, 0))].masked_fill(~inside[:, :, None, None], 0)
@@ -151,6 +159,9 @@ class Sequences:
 
     def untile(self, x: Tensor) -> Tensor:
         """[n, H, C, D] back to [B, T, H, D]."""
+        if not self.packed:
+            whole = x.transpose(1, 2).reshape(self.rows, -(-self.tokens // TILE) * TILE, x.shape[1], x.shape[3])
+            return whole[:, : self.tokens]
         token, inside, _, _ = self._tiling()
         rows = x.transpose(1, 2)[inside]
         out = torch.empty_like(rows)
@@ -159,6 +170,11 @@ class Sequences:
 
     def steps(self, reverse: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Walk over all sequences at once, a tile each: (tiles, their sequences)."""
+        if not self.packed:
+            each, row = -(-self.tokens // TILE), torch.arange(self.rows, device=self.device)
+            for step in range(each):
+                yield row * each + (each - 1 - step if reverse else step), row
+            return
         _, _, first, counts = self._tiling()
         longest = int(counts.max()) if self.count else 0
         for step in range(longest):
@@ -375,6 +391,29 @@ def tile_scan(
     return seq.untile(out.flip(2) if reverse else out), state
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Where autocast chooses no types, on devices that have it."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+def uncast(function: Function) -> Function:
+    """The function without autocast, which chooses no types for products inside: operands in the widest of theirs."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        wide = functools.reduce(torch.promote_types, (x.dtype for x in tensors if x.is_floating_point()), torch.bool)
+        real = [x.to(wide) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+        with no_autocast(tensors[0].device):
+            return function(*real)
+
+    return run  # type: ignore[return-value]
+
+
 def once() -> None:
     """Refuse a backward that is to be differentiated itself: a scan's gradient has no derivative."""
     if torch.is_grad_enabled():
@@ -395,6 +434,7 @@ class VectorScan(torch.autograd.Function):
         return out, last
 
     @staticmethod
+    @uncast
     def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
         once()
         a, out = ctx.saved_tensors
@@ -414,6 +454,7 @@ class MaxPlusScan(torch.autograd.Function):
         return out, last
 
     @staticmethod
+    @uncast
     def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
         once()
         (share,) = ctx.saved_tensors
@@ -427,6 +468,7 @@ def lay(x: Tensor, shape: tuple[int, ...], heads: int) -> Tensor:
     return x.reshape(*shape[:2], math.prod(shape[2 : 2 + heads]), math.prod(shape[2 + heads :]))
 
 
+@uncast
 def vector_scan(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan = tile_scan) -> tuple[Tensor, Tensor]:
     """h = a * h + b: h before each token, and the last one; `scan` does the work."""
     if seq.one_token:
@@ -435,6 +477,7 @@ def vector_scan(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Sca
     return result
 
 
+@uncast
 def max_plus_scan(
     seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan = tile_scan
 ) -> tuple[Tensor, Tensor]:
@@ -450,126 +493,6 @@ def stopped(seq: Sequences, before: Tensor, last: Tensor, initial: Tensor) -> tu
     first = (seq.place == 0).view(seq.rows, seq.tokens, 1, 1)
     empty = (seq.offsets.diff() == 0)[:, None, None]
     return torch.where(first, seq.spread(initial), before.detach()), torch.where(empty, initial, last.detach())
-
-
-# -- layers ------------------------------------------------------------------------------------------------------------
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, over: int, compute: torch.dtype) -> Tensor:
-    """x's last `over` axes times the weight's first; computed in the weight's dtype, given in `compute`."""
-    size = math.prod(weight.shape[:over])
-    flat = x.reshape(*x.shape[: x.dim() - over], size).to(weight.dtype)
-    out = flat @ weight.reshape(size, -1)
-    out = out.reshape(*flat.shape[:-1], *weight.shape[over:])
-    return (out if bias is None else out + bias).to(compute)
-
-
-def row_of(x: Tensor, dim: int, index: int) -> Tensor:
-    """x at one position of a dimension; outside it, 0."""
-    return x.select(dim, index) if 0 <= index < x.shape[dim] else torch.zeros_like(x.select(dim, 0))
-
-
-class Picked(torch.autograd.Function):
-    """x at indices of its last dimension, half precision as float32: so is the sum of what goes back to one place."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.shape, ctx.dtype = x.shape, x.dtype
-        ctx.save_for_backward(index)
-        out = x.index_select(-1, index)
-        return out.float() if x.dtype in (torch.bfloat16, torch.float16) else out
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        return d_out.new_zeros(ctx.shape).index_add(-1, index, d_out).to(ctx.dtype), None
-
-
-def take(x: Tensor, index: Tensor, shared: int) -> Tensor:
-    """x [*shared, *own, n] at integers [*shared, *new]: [*shared, *new, *own], 0 where they are outside 0 to n - 1.
-
-    Shared dimensions of size 1 broadcast."""
-    n, own, new = x.shape[-1], x.shape[shared:-1], index.shape[shared:]
-    both = [max(a, b) if min(a, b) else 0 for a, b in zip(x.shape[:shared], index.shape[:shared])]
-    inside = (index >= 0) & (index < n)
-    rows = index.clamp(0, max(n - 1, 0)).reshape(*index.shape[:shared], math.prod(new))
-    if n == 0:
-        return x.new_zeros((*both, *new, *own))
-    out: Tensor
-    if all(size == 1 for size in index.shape[:shared]):
-        out = Picked.apply(x, rows.reshape(-1))  # type: ignore[no-untyped-call]
-    else:
-        wide = rows.view(*rows.shape[:shared], *[1] * len(own), rows.shape[-1])
-        out = x.expand(*both, *own, n).gather(-1, wide.expand(*both, *own, rows.shape[-1]))
-    out = out.movedim(-1, shared).reshape(*out.shape[:shared], *new, *own)
-    beyond = ~inside.view(*inside.shape, *[1] * len(own))
-    return out.masked_fill(beyond, 0)
-
-
-def scatter(x: Tensor, index: Tensor, size: int, kept: int) -> Tensor:
-    """x [*kept, ...] added up at the integers of index, which broadcasts to x: [*kept, size]; others are left out."""
-    index = index.expand(x.shape).reshape(*x.shape[:kept], -1)
-    inside = (index >= 0) & (index < size)
-    flat = x.reshape(*x.shape[:kept], -1).masked_fill(~inside, 0)
-    return flat.new_zeros((*x.shape[:kept], size)).scatter_add(-1, index.clamp(0, size - 1), flat)
-
-
-def rms_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(dims, keepdim=True) + 1e-5)
-
-
-def l2_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(dims, keepdim=True) + 1e-6)
-
-
-def layer_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    centred = x - x.mean(dims, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + 1e-5)
-
-
-def softmax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    most = x.amax(dims, keepdim=True).detach()
-    e = torch.exp(x - most.masked_fill(most == -math.inf, 0.0))  # over nothing but -inf it is 0
-    total = e.sum(dims, keepdim=True)
-    return e / total.masked_fill(total == 0, 1.0)
-
-
-def masked(x: Tensor, valid: Tensor) -> Tensor:
-    """x [N, width, ...], 0 at the positions that are not there."""
-    return x.masked_fill(~valid.view(*valid.shape, *[1] * (x.dim() - 2)), 0)
-
-
-def over_valid(x: Tensor, fn: str, valid: Tensor) -> Tensor:
-    """A reducer over the positions of a chunk that are there: x [N, width, ...], valid [N, width]. A mean gives the
-    sum: what the chunk held before this call is added to it first."""
-    there = valid.view(*valid.shape, *[1] * (x.dim() - 2))
-    if fn == "any":
-        return (x & there).any(1)
-    if fn in ("sum", "mean"):
-        return masked(x, valid).sum(1)
-    idle = -math.inf if fn == "max" else math.inf
-    best = x.masked_fill(~there, idle) if x.dtype.is_floating_point else x.masked_fill(~there, 0)
-    best = best.amax(1) if fn == "max" else best.amin(1)
-    return torch.where(there.any(1), best, torch.zeros_like(best))
-
-
-def along_valid(x: Tensor, fn: str, dims: tuple[int, ...], valid: Tensor) -> Tensor:
-    """A normaliser along the positions of a chunk that are there, and along `dims`: x [N, width, ...]."""
-    there = valid.view(*valid.shape, *[1] * (x.dim() - 2))
-    along = (1, *(x.dim() + d for d in dims))
-    if fn == "softmax":
-        return softmax(x.masked_fill(~there, -math.inf), along).masked_fill(~there, 0)
-    x = x.masked_fill(~there, 0)
-    count = there.expand_as(x).sum(along, keepdim=True).clamp(min=1)
-    if fn == "l2_norm":
-        return x * torch.rsqrt(x.square().sum(along, keepdim=True) + 1e-6)
-    if fn == "layer_norm":
-        x = (x - x.sum(along, keepdim=True) / count).masked_fill(~there, 0)
-    return x * torch.rsqrt(x.square().sum(along, keepdim=True) / count + 1e-5)
-
-
-def inv_softplus(x: Tensor) -> Tensor:
-    return x + torch.log(-torch.expm1(-x))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

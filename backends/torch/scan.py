@@ -30,6 +30,7 @@ def emit_scan(form: ScanForm, lines: Lines, w: Writer) -> None:
             w(f"return {', '.join(results)}")
         w()
         w("@staticmethod")
+        w("@uncast")
         with w.indented(f"def backward(ctx: Any, {_typed([*grads, 'd_last'])}) -> tuple[Tensor | None, ...]:"):
             w("once()")
             w("seq = ctx.seq")
@@ -43,6 +44,7 @@ def emit_scan(form: ScanForm, lines: Lines, w: Writer) -> None:
     _step(form, lines, w)
     w()
     w()
+    w("@uncast")
     with w.indented(f"def {form.name}_scan(seq: Sequences, {_typed(names)}, initial: Tensor) -> tuple[Tensor, ...]:"):
         w(f'"""{_signature(form)}"""')
         with w.indented("if seq.one_token:"):

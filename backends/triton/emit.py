@@ -93,7 +93,7 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines) -> str:
     w("from torch import Tensor")
     w()
     w("from . import _runtime")
-    w("from ._runtime import LOG_SMALL, TILE, Sequences, log_gate, once")
+    w("from ._runtime import LOG_SMALL, TILE, Sequences, log_gate, once, uncast")
     w()
     w("LEVELS = TILE.bit_length() - 1  # halvings of a tile down to single tokens")
     w("BLOCK = 64  # columns of a side a program takes; Triton 3.6 miscompiles narrower products for Hopper")
@@ -192,6 +192,7 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
             w(f"return {', '.join([*outs, 'last'])}")
         w()
         w("@staticmethod")
+        w("@uncast")
         grads = [f"d_{o}" for o in outs]
         typed_grads = ", ".join(f"{g}: Tensor" for g in [*grads, "d_last"])
         with w.indented(f"def backward(ctx: Any, {typed_grads}) -> tuple[Tensor | None, ...]:"):
@@ -202,6 +203,7 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
     _step(form, kernels[token.role], names, typed, w)
     w()
     w()
+    w("@uncast")
     with w.indented(f"def {form.name}_scan(seq: Sequences, {typed}, initial: Tensor) -> tuple[Tensor, ...]:"):
         w('"""Operands [B, T, H, D]; gives each read before the update, and the last state."""')
         grad = f"any(x.requires_grad for x in ({', '.join(names)}, initial))"

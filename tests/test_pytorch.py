@@ -1,0 +1,191 @@
+"""What users of PyTorch do to an emitted layer: autocast, compile, export, checkpoints, copies, many processes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from shipped import SPECS
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import chunkc
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "gated_linear_attention": {}, "mamba2": {}, "hgrn": {}, "rwkv6": {}, "mlstm": {}, "gru": {"d_in": 32},
+    "causal_attention": {"heads": 4, "kv": 2}, "document_attention": {"heads": 4}, "hybrid": {"heads": 4, "window": 9},
+    "rat": {"heads": 4, "shared": 2, "length": 4},
+}  # fmt: skip
+RECURRENT_IN_CHUNKS = ("rat",)  # where its chunks lie is read from memory
+BOTH = ("gated_linear_attention", "hybrid", "hgrn")
+each_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+@cache
+def loaded(name: str) -> ModuleType:
+    return chunkc.load(SPECS / f"{name}.spec")
+
+
+def layer(name: str, **more: Any) -> nn.Module:
+    module, sizes = loaded(name), {"d_model": 32, **LAYERS[name], **more}
+    torch.manual_seed(0)
+    made: nn.Module = getattr(module, module.__all__[-1])(**sizes)
+    return made
+
+
+def inputs(name: str, tokens: int = 70, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    torch.manual_seed(1)
+    x = torch.randn(2, tokens, 32, dtype=dtype)
+    return (x, torch.arange(tokens).expand(2, -1) // 30) if name == "document_attention" else (x,)
+
+
+@each_layer
+def test_autocast(name: str) -> None:
+    """Products of layers are in bfloat16, scans and softmax are not; the result is near."""
+    made, given = layer(name), inputs(name)
+    whole = made(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = made(*given)
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in made.parameters())
+    assert (y - whole).norm() < 0.05 * whole.norm()
+    assert not torch.equal(y, whole)
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERS if n not in RECURRENT_IN_CHUNKS])
+def test_compile_has_no_break(name: str) -> None:
+    torch._dynamo.reset()
+    tokens = 12 if name in ("gru",) else 70  # what runs a token at a time is unrolled
+    made, given = layer(name), inputs(name, tokens)
+    again = copy.deepcopy(made)
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    y, wanted = compiled(*given), again(*given)
+    torch.testing.assert_close(y, wanted)
+    y.square().sum().backward()
+    wanted.square().sum().backward()
+    for a, b in zip(made.parameters(), again.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERS if n not in RECURRENT_IN_CHUNKS])
+def test_export(name: str) -> None:
+    made, given = layer(name), inputs(name, 12 if name == "gru" else 70)
+    exported = torch.export.export(made, given)
+    torch.testing.assert_close(exported.module()(*given), made(*given))
+
+
+@each_layer
+def test_state_dict_copies_and_pickles(name: str) -> None:
+    made, given = layer(name), inputs(name)
+    wanted, other = made(*given), layer(name)
+    other.reset_parameters()  # type: ignore[operator]
+    assert not torch.equal(other(*given), wanted)
+    other.load_state_dict(made.state_dict())
+    for same in (other, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert torch.equal(same(*given), wanted)
+
+
+@each_layer
+def test_activation_checkpoints(name: str) -> None:
+    made, (x, *rest) = layer(name), inputs(name)
+    x.requires_grad_()
+    whole = torch.autograd.grad(made(x, *rest).square().sum(), [x, *made.parameters()])
+    again = checkpoint(made, x, *rest, use_reentrant=False)
+    parts = torch.autograd.grad(again.square().sum(), [x, *made.parameters()])
+    for a, b in zip(whole, parts):
+        torch.testing.assert_close(a, b)
+
+
+@each_layer
+def test_gradcheck(name: str) -> None:
+    made, (x, *rest) = layer(name).double(), inputs(name, 5, torch.float64)
+    made.requires_grad_(False)
+    assert torch.autograd.gradcheck(lambda z: made(z, *rest), (x.requires_grad_(),))
+
+
+@pytest.mark.parametrize("name", [n for n in LAYERS if n not in RECURRENT_IN_CHUNKS])
+def test_meta_tensors(name: str) -> None:
+    made = layer(name).to("meta")
+    given = [x.to("meta") for x in inputs(name)]
+    y = made(*given)
+    assert y.device.type == "meta" and y.shape == layer(name)(*inputs(name)).shape
+    y.sum().backward()
+    assert all(p.grad is not None for p in made.parameters())
+
+
+@each_layer
+def test_other_types(name: str) -> None:
+    made, (x, *rest) = layer(name), inputs(name)
+    wanted = made(x, *rest)
+    half = made.to(torch.bfloat16)(x.bfloat16(), *rest)
+    assert half.dtype == torch.bfloat16 and (half.float() - wanted).norm() < 0.1 * wanted.norm()
+    double = layer(name).double()(x.double(), *rest)
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_vmap_is_refused() -> None:
+    made = layer("gated_linear_attention")
+    with pytest.raises(RuntimeError, match="does not go through torch.func.vmap"):
+        torch.func.vmap(made)(inputs("gated_linear_attention")[0][None])
+
+
+# -- many processes ----------------------------------------------------------------------------------------------------
+
+
+def _alone(rank: int, world: int, folder: str, name: str, wrap: str) -> None:
+    """One process of a group: two steps of training on its share of a batch, and what one process would have."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    made = layer(name)
+    whole = copy.deepcopy(made)
+    mesh = init_device_mesh("cpu", (world,))
+    trained = DistributedDataParallel(made) if wrap == "ddp" else fully_shard(made, mesh=mesh)
+    x = torch.randn(4, 40, 32, generator=torch.Generator().manual_seed(2))
+    steps = torch.optim.SGD(trained.parameters(), lr=0.1), torch.optim.SGD(whole.parameters(), lr=0.1)
+    for _ in range(2):
+        trained(x[rank::world]).square().mean().backward()
+        whole(x).square().mean().backward()
+        for step in steps:
+            step.step()
+            step.zero_grad()
+    torch.testing.assert_close(trained(x), whole(x), rtol=1e-5, atol=1e-6)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", BOTH)
+def test_data_parallel(tmp_path: Path, name: str, wrap: str) -> None:
+    mp.spawn(_alone, args=(2, str(tmp_path), name, wrap), nprocs=2)
+
+
+def test_all_at_once(tmp_path: Path) -> None:
+    """Autocast, compile and checkpoints together train."""
+    torch._dynamo.reset()
+    made = layer("hybrid")
+    compiled: Callable[..., Tensor] = torch.compile(made, fullgraph=True, backend="aot_eager")
+    steps, (x,) = torch.optim.AdamW(made.parameters(), lr=1e-2), inputs("hybrid")
+    losses = []
+    for _ in range(5):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = checkpoint(compiled, x, use_reentrant=False)
+        loss = (y.float() - x.roll(1, 1)).square().mean()
+        loss.backward()
+        steps.step()
+        steps.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
