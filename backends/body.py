@@ -231,10 +231,10 @@ class Body(Loops):
         """A scan's operand as a tensor of the state's type."""
         dtype = "complex_type(ct)" if node.dtype == "complex" else "ct"
         if id_ is None:
-            return f"torch.tensor({idle}, dtype={dtype}, device=device)"
+            return f"torch.full((), {idle}, dtype={dtype}, device=device)"
         text, _ = self.aligned(self.graph, id_, (node.axis, *axes), home)
         if isinstance(self.graph[id_], N.Const):
-            return f"torch.tensor({text}, dtype={dtype}, device=device)"
+            return f"torch.full((), {text}, dtype={dtype}, device=device)"
         wanted: DType = node.dtype if node.dtype == "complex" else "float"
         return text if self.graph[id_].dtype == wanted else f"({text}).to({dtype})"
 

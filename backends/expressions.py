@@ -65,7 +65,7 @@ class Expressions(Layout):
     def coordinate(self, node: N.Coord) -> str:
         axis = self.graph.axis[node.axis]
         if self.loop is not None and node.axis == self.loop.axis:
-            return "position" if axis.is_sequence else "torch.tensor(step, device=device)"
+            return "position" if axis.is_sequence else "torch.full((), step, device=device)"
         if self.loop is not None and axis.space == self.loop.inner:
             return self.loop.place
         if axis.is_sequence:
@@ -105,7 +105,7 @@ class Expressions(Layout):
         if node.fn == "as":
             text, rank = self.aligned(graph, node.args[0], node.axes, home)
             if self.number(graph, node.args[0]):
-                text, rank = f"torch.tensor({text}, dtype={self.dtype(node)}, device=device)", 9
+                text, rank = f"torch.full((), {text}, dtype={self.dtype(node)}, device=device)", 9
             return f"{held(text, rank, 9)}.expand{self.shape(node.axes, home)}", 9
         args = [self.aligned(graph, a, node.axes, home) for a in node.args]
         numbers = all(self.number(graph, a) for a in node.args)
@@ -127,11 +127,11 @@ class Expressions(Layout):
             return self.extreme(graph, node, args)
         if node.fn == "where":
             if self.number(graph, node.args[0]):
-                args[0] = f"torch.tensor(bool({args[0][0]}), device=device)", 9
+                args[0] = f"torch.full((), bool({args[0][0]}), device=device)", 9
             values = [self.tensor(graph, i, t[0], node) for i, t in zip(node.args[1:], args[1:])]
             return f"torch.where({args[0][0]}, {values[0]}, {values[1]})", 9
         if self.number(graph, node.args[0]):
-            inner = f"torch.tensor(float({args[0][0]}), dtype=ct, device=device)"
+            inner = f"torch.full((), float({args[0][0]}), dtype=ct, device=device)"
             return CALLS[node.fn].format(inner), 9
         value = args[0][0]
         if graph[node.args[0]].dtype == "int" and node.fn not in ("floor", "abs", "stop"):
@@ -156,13 +156,13 @@ class Expressions(Layout):
     def tensor(self, graph: Graph, id_: str, text: str, like: N.AnyNode) -> str:
         """An operand as a tensor of the type of the value that it becomes part of."""
         if self.number(graph, id_):
-            return f"torch.tensor({text}, dtype={self.dtype(like)}, device=device)"
+            return f"torch.full((), {text}, dtype={self.dtype(like)}, device=device)"
         return text if graph[id_].dtype == like.dtype else f"({text}).to({self.dtype(like)})"
 
     def real(self, graph: Graph, id_: str, text: tuple[str, int]) -> tuple[str, int]:
         """An operand in the computing type: beside a number of Python, an integer would become float32."""
         if self.number(graph, id_):
-            return f"torch.tensor({text[0]}, dtype=ct, device=device)", 9
+            return f"torch.full((), {text[0]}, dtype=ct, device=device)", 9
         return text if graph[id_].dtype != "int" else (f"{held(*text, 9)}.to(ct)", 9)
 
     def extreme(self, graph: Graph, node: N.Map, args: list[tuple[str, int]]) -> tuple[str, int]:
@@ -175,7 +175,7 @@ class Expressions(Layout):
         ]
         if not tensors:
             number = f"{node.fn}({', '.join(t for t, _ in consts)})"
-            return f"torch.tensor({number}, dtype={self.dtype(node)}, device=device)", 9
+            return f"torch.full((), {number}, dtype={self.dtype(node)}, device=device)", 9
         text, rank = tensors[0]
         for other, _ in tensors[1:]:
             text, rank = f"torch.{node.fn}imum({text}, {other})", 9
@@ -333,7 +333,7 @@ class Expressions(Layout):
     def ordered(self, graph: Graph, id_: str, axes: list[str]) -> tuple[str, int]:
         """A value with just these of its axes, in this order; a number as a tensor."""
         if self.number(graph, id_):
-            return f"torch.tensor({self.text(graph, id_)[0]}, device=device)", 9
+            return f"torch.full((), {self.text(graph, id_)[0]}, device=device)", 9
         return self.aligned(graph, id_, tuple(axes), self.home(graph, id_))
 
     def gather_fixed(self, graph: Graph, node: N.Gather, shared: list[str], new: list[str], rest: list[str]) -> str:

@@ -150,13 +150,13 @@ class Loops(Expressions):
             home = EACH if home == NOWHERE and loop.each else home
             text, rank = self.aligned(body, id_, body[id_].axes, home)
             if self.number(body, id_):
-                text, rank = f"torch.tensor({text}, dtype={self.dtype(body[id_])}, device=device)", 9
+                text, rank = f"torch.full((), {text}, dtype={self.dtype(body[id_])}, device=device)", 9
             w(f"{name}.append({held(text, rank, 9)}.expand{self.shape(body[id_].axes, home)})")
         for c in node.carried:
             home = self.state_home(c, loop)
             text, rank = self.aligned(body, c.result, c.axes, home)
             if self.number(body, c.result):
-                text, rank = f"torch.tensor({text}, dtype={self.dtype(self.graph_like(c))}, device=device)", 9
+                text, rank = f"torch.full((), {text}, dtype={self.dtype(self.graph_like(c))}, device=device)", 9
             w(f"new_{identifier(c.name)} = {held(text, rank, 9)}.expand{self.shape(c.axes, home)}")
         for c in node.carried:
             state = identifier(c.name)

@@ -298,7 +298,7 @@ class UnitEmitter:
         text = text if rank == 9 else f"({text})"
         dtype = self.graph[id_].dtype
         if isinstance(self.graph[id_], N.Const):  # a plain number in expressions
-            return f"torch.tensor({text}, dtype={DTYPES[dtype]}, device=device)"
+            return f"torch.full((), {text}, dtype={DTYPES[dtype]}, device=device)"
         return f"{text}.to(given)" if dtype == "float" else text
 
     def body(self, owner: str) -> None:

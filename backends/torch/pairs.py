@@ -71,7 +71,7 @@ class Pairs(Body):
         home = self.home(self.graph, id_)
         text, rank = self.aligned(self.graph, id_, axes, home)
         if self.number(self.graph, id_):
-            text, rank = f"torch.tensor({text}, dtype=ct, device=device)", 9
+            text, rank = f"torch.full((), {text}, dtype=ct, device=device)", 9
         return f"wide({text}, {len(axes) + 1})" if home == NOWHERE else held(text, rank, 0)
 
     def scores(self) -> list[str]:
