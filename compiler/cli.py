@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -35,6 +35,9 @@ from chunkc.ir.diagnostics import (
     render_json,
     render_text,
 )
+
+if TYPE_CHECKING:
+    from chunkc.driver import Compiled
 
 CLEAN, FOUND, BUG, INTERRUPTED = 0, 1, 3, 130
 STDIN = "<stdin>"
@@ -260,9 +263,17 @@ def _show_as(session: Session, name: str, path: str) -> None:
 @cli.command()
 @click.argument("what", metavar="FILE|CODE")
 @click.option("--json", "as_json", is_flag=True, help="Write JSON.")
+@click.option("--mask", is_flag=True, help="Draw what each query of the file's attentions sees.")
+@click.option(
+    "--length", default=64, show_default=True, type=click.IntRange(1, 1024), help="With --mask: of sequences."
+)
+@click.option("--set", "chosen", multiple=True, metavar="NAME=VALUE", help="With --mask: fix a parameter.")
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), metavar="PATH",
+              help="With --mask: write a picture (needs the extra 'plot').")  # fmt: skip
 @_common
 @click.pass_obj
-def explain(session: Session, what: str, as_json: bool) -> int:
+def explain(session: Session, what: str, as_json: bool, mask: bool, length: int, chosen: tuple[str, ...],
+            png: Path | None) -> int:  # fmt: skip
     """Say what was derived about a spec file, or what the code of a diagnostic means."""
     if what != "-" and re.fullmatch(r"[a-z][a-z0-9-]*", what) and not Path(what).is_file():
         text = _page(what)
@@ -274,9 +285,37 @@ def explain(session: Session, what: str, as_json: bool) -> int:
     with session.collecting():
         compiled = compile_source(session.read(what))
         session.found.extend(compiled.checked.warnings)
+        if mask or png is not None:
+            _draw(compiled, length, chosen, png)
+            return session.finish()
         found = facts(compiled)
         click.echo(json.dumps(found, indent=2) if as_json else render_facts(found).rstrip("\n"))
     return session.finish()
+
+
+def _draw(compiled: Compiled, length: int, chosen: tuple[str, ...], png: Path | None) -> None:
+    """What each query sees, of the file's last layer or op that attends."""
+    from chunkc.artifact import SettingError, read_setting
+    from chunkc.ir.axes import SizeError
+    from chunkc.picture import masks, save_png
+
+    try:
+        settings = dict(read_setting(text) for text in chosen)
+        drawn = [p for unit in compiled.units for p in masks(unit, length, settings)]
+    except (SettingError, SizeError) as reason:
+        raise click.BadParameter(str(reason), param_hint="'--set'") from None
+    if not drawn:
+        raise click.UsageError("nothing in this file attends: there is no mask to draw")
+    if png is None:
+        click.echo("\n\n".join(p.text() for p in drawn))
+        return
+    try:
+        save_png(drawn, png)
+    except ImportError:
+        raise click.UsageError("a picture needs matplotlib: install chunkc[plot]") from None
+    except OSError as reason:
+        raise click.UsageError(f"cannot write '{png}': {reason.strerror}") from None
+    click.echo(png)
 
 
 def _page(code: str) -> str:
@@ -388,6 +427,22 @@ def graph(session: Session, file: str, level: str, form: str) -> int:
                 text = print_kernels(unit, source) if level == "tiled" else print_graph(unit.graph)
                 click.echo(head + text, nl=False)
     return session.finish()
+
+
+# -- completion --------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@_common
+def completion(shell: str) -> int:
+    """Print a script that completes the command's verbs, options and files in a shell."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(cli, {}, "chunkc", "_CHUNKC_COMPLETE").source())
+    return CLEAN
 
 
 # -- doctor ------------------------------------------------------------------------------------------------------------

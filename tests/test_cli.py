@@ -582,3 +582,34 @@ def test_load_reports_every_error_of_a_text_that_does_not_lex() -> None:
     with pytest.raises(CompileError) as failure:
         chunkc.load("bad.spec")
     assert len(failure.value.diagnostics) == 2
+
+
+def test_masks_are_drawn() -> None:
+    """As the page says, character by character."""
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    block = page.split("$ chunkc explain --mask ")[1].split("```")[0]
+    line, wanted = block.split("\n", 1)
+    args = [str(ROOT / a) if a.endswith(".spec") else a for a in line.split()]
+    done = chunkc_process("explain", "--mask", *args, PYTHONIOENCODING="utf-8")
+    assert done.returncode == 0 and done.stdout == wanted
+
+
+@pytest.mark.parametrize("name", ["rat", "longformer", "document_attention", "set_transformer", "language_model"])
+def test_every_mask_can_be_drawn(name: str, place: Path) -> None:
+    spec = str(ROOT / "specs" / f"{name}.spec")
+    done = chunkc_process("explain", "--png", "mask.png", "--length", "20", "--set", "d_model=32", spec)
+    assert done.returncode == 0, done.stderr
+    assert (place / "mask.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_mask_to_draw() -> None:
+    done = chunkc_process("explain", "--mask", "good.spec")
+    assert done.returncode == 2 and "nothing in this file attends" in done.stderr
+    wrong = chunkc_process("explain", "--mask", "--set", "heads=0", str(ROOT / "specs" / "alibi.spec"))
+    assert wrong.returncode in (1, 2) and "Traceback" not in wrong.stderr, wrong.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    done = chunkc_process("completion", shell)
+    assert done.returncode == 0 and "_CHUNKC_COMPLETE" in done.stdout
