@@ -56,6 +56,8 @@ def masks(unit: Unit, length: int, settings: Mapping[str, Number]) -> list[Pictu
     tensors = {n.name: _drawn(machine, graph, n) for n in graph.of_kind(N.Input, N.Param) if n.id in needed}
     machine = Interpreter(graph, Run(known, tensors, lengths, dtype=torch.float32))
     for n in graph.of_kind(N.Segment):
+        if n.n is not None and n.n.evaluate(known) < 1:
+            raise SizeError(f"chunks of {n.n.evaluate(known)} positions")
         machine.value(n.id)
     return [_picture(machine, node, s) for node in graph.of_kind(N.Attend) for s in node.sources if s.axis is not None]
 
