@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,3 +199,16 @@ def test_links_and_file_names_exist(path: Path) -> None:
         assert "://" in target or (path.parent / target).exists(), target
     for name in re.findall(r"`((?:[a-z]+/)+[\w.]+\.(?:py|md|lark|spec))`", text):
         assert (ROOT / name).exists(), name
+
+
+def test_the_editors_grammar_knows_the_words() -> None:
+    """Each keyword, kept word, function and constant is colored, and nothing else is taken for one."""
+    rules = json.loads((ROOT / "docs" / "editors" / "chunkc.tmLanguage.json").read_text())["patterns"]
+    worded = [r for r in rules if "name" in r and r.get("match", "").startswith("\\b(")]
+    listed = {r["name"]: set(re.findall(r"[a-z_0-9]{2,}", r["match"])) for r in worded}
+    keywords = {t.name.lower() for t in grammar().terminals if t.pattern.value.isalpha() and t.name.isupper()}
+    assert listed["keyword.control.chunkc"] | listed["keyword.operator.logical.chunkc"] == keywords
+    assert listed["invalid.deprecated.chunkc"] == set(RESERVED)
+    assert listed["support.function.chunkc"] | listed["constant.language.chunkc"] == set(prelude.NAMES)
+    for rule in rules:
+        re.compile(rule.get("match", rule.get("begin", "")))
