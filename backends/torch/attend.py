@@ -172,7 +172,7 @@ class Attention:
     def backward(self, operands: tuple[tuple[Tensor, ...], ...], out: Tensor, logs: Tensor, d_out: Tensor
                  ) -> list[list[Tensor | None]]:  # fmt: skip
         """The gradients of all operands, added up over tiles."""
-        found: list[list[Tensor | None]] = [[None] * len(ops) for ops in operands]
+        found = [[torch.zeros_like(x) if x.is_floating_point() else None for x in ops] for ops in operands]
         delta = self.lowered(d_out * out)
         for part in self.queries.tiles(QUERIES):
             for source, ops, grads in zip(self.sources, operands, found):
@@ -189,12 +189,9 @@ class Attention:
                     d_logit = (weight * d_weight).masked_fill(weight == 1, 0.0)
                     new = source.gradients(*source.sizes, *given, d_logit, d_value)
                     for k, (d, side) in enumerate(zip(new, source.sides)):
-                        if d is None:
-                            continue
                         grad = grads[k]
-                        if grad is None:
-                            grads[k] = grad = torch.zeros_like(ops[k])
-                        (grad[:, part if side == "q" else tile] if side in ("q", "r") else grad).add_(d)
+                        if d is not None and grad is not None:
+                            (grad[:, part if side == "q" else tile] if side in ("q", "r") else grad).add_(d)
         return found
 
 
