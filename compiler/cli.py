@@ -397,7 +397,8 @@ LEVELS = {"normal": "normalize", "chunked": "chunk", "fused": "fuse", "tiled": "
 @click.argument("file")
 @click.option("--level", type=click.Choice(["semantic", *LEVELS]), default="normal", show_default=True,
               help="As written, in normal form, with what is derived from each scan, or the kernels.")  # fmt: skip
-@click.option("--format", "form", type=click.Choice(["text", "dot"]), default="text", show_default=True)
+@click.option("--format", "form", type=click.Choice(["text", "dot", "svg"]), default="text", show_default=True,
+              help="svg is a picture of the spec as written.")  # fmt: skip
 @_common
 @click.pass_obj
 def graph(session: Session, file: str, level: str, form: str) -> int:
@@ -412,6 +413,12 @@ def graph(session: Session, file: str, level: str, form: str) -> int:
         raise click.UsageError("kernels are text alone")
     with session.collecting():
         source = session.read(file)
+        if form == "svg":
+            from chunkc.chart import chart
+
+            checked = check_source(source)
+            click.echo(chart(checked.module.units, checked.source), nl=False)
+            return session.finish()
         if level == "semantic":
             checked = check_source(source)
             units = checked.module.units

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 
@@ -613,3 +615,25 @@ def test_no_mask_to_draw() -> None:
 def test_completion(shell: str) -> None:
     done = chunkc_process("completion", shell)
     assert done.returncode == 0 and "_CHUNKC_COMPLETE" in done.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "specs").glob("*.spec")), ids=lambda p: p.stem)
+def test_a_picture_has_each_line_of_a_spec_once(path: Path) -> None:
+    """The picture is XML, and shows inputs, outputs, and the lines of recurrences and attentions."""
+    done = chunkc_process("graph", "--format", "svg", str(path))
+    assert done.returncode == 0, done.stderr
+    texts = [t.text or "" for t in ElementTree.fromstring(done.stdout).iter("{http://www.w3.org/2000/svg}text")]
+    assert any(t.startswith("output ") for t in texts)
+    for line in path.read_text().splitlines():
+        line = line.split("#")[0].strip()
+        if re.match(r"(logit|value|mask|state) ", line) and len(line) <= 64:
+            assert line in texts
+
+
+def test_a_picture_of_what_the_user_wrote_is_no_markup(place: Path) -> None:
+    Path("less.spec").write_text(
+        "op f {\n  axes { t: time }\n  input x[t]\n  output y = where(x < 1 and x > 0, x, 2)\n}\n"
+    )
+    done = chunkc_process("graph", "--format", "svg", "less.spec")
+    assert "where(x &lt; 1 and x &gt; 0, x, 2)" in done.stdout
+    ElementTree.fromstring(done.stdout)
