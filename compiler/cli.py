@@ -452,6 +452,21 @@ def completion(shell: str) -> int:
     return CLEAN
 
 
+# -- lsp ---------------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@_common
+def lsp() -> int:
+    """Serve an editor over stdin and stdout (needs the extra 'lsp')."""
+    try:
+        from chunkc.lsp import make_server
+    except ImportError:
+        raise click.UsageError("the language server needs pygls: install chunkc[lsp]") from None
+    make_server().start_io()
+    return CLEAN
+
+
 # -- doctor ------------------------------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ def collected() -> list[str]:
         "gpu",
         "-p",
         "no:cacheprovider",
-        str(TESTS),
+        str(TESTS / "test_gpu.py"),
     ]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [line for line in text.splitlines() if "::" in line]
