@@ -107,6 +107,7 @@ class Attentions(Recurrences):
         """The node; its axes are the logits' and the values', or those declared."""
         body = Builder(axes=self.axes.values())
         self.expand_groups([parts for _, _, parts in given], target or ())
+        self.widen(given, query)
         sources: list[N.Source] = []
         axes: dict[str, None] = {query: None} if query is not None else {}
         for _, axis, parts in given:
@@ -137,10 +138,34 @@ class Attentions(Recurrences):
                         id_ = self.x.expand(id_, a, parent, d.value.span, Context(self.builder))
                         parts[name] = id_, d
 
+    def widen(
+        self, given: list[tuple[T.Source, str | None, dict[str, tuple[str, T.Define]]]], query: str | None
+    ) -> None:
+        """Integers become real numbers; values are over the rows, and over all axes that no weight has."""
+        b = self.builder
+        weights = {
+            a for _, _, parts in given for n in ("logit", "mask") if n in parts for a in b.nodes[parts[n][0]].axes
+        }
+        values = dict.fromkeys(a for _, _, parts in given if "value" in parts for a in b.nodes[parts["value"][0]].axes)
+        for _, axis, parts in given:
+            for name in ("logit", "value"):
+                if name in parts and b.nodes[parts[name][0]].dtype == "int":
+                    id_, d = parts[name]
+                    parts[name] = b.map("*", id_, b.const(1.0), span=d.value.span), d
+            if "value" in parts:
+                id_, d = parts["value"]
+                have, rows = b.nodes[id_].axes, axis if axis is not None else query
+                own = [a for a in values if a not in weights and not self.axes[a].is_sequence]
+                missing = [a for a in (*([rows] if rows is not None else []), *own) if a not in have]
+                if missing:
+                    wide = (*missing, *have)
+                    parts["value"] = b.add(N.Map, "", d.value.span, fn="as", args=(id_,), axes=wide), d
+
     def brought(self, region: Region, id_: str, d: T.Define) -> str | None:
         wrong = region.misplaced(id_)
         if wrong is not None:
-            self.x.later(f"in an attention, a {wrong.kind} over queries and rows at once,", wrong.span or d.value.span)
+            self.x.later("in an attention, this function of what is over queries and rows at once",
+                         wrong.span or d.value.span)  # fmt: skip
             return None
         return region.brought(id_)
 
@@ -168,7 +193,8 @@ class Region:
             read = [a for a in node.operands() if self.paired(a)]
             if self.paired(node.id):
                 fixed = not any(self.outer.axes[a].is_sequence for a in along)
-                if not isinstance(node, PAIRWISE) or not fixed:
+                best = isinstance(node, N.Reduce) and (node.fn in ("max", "min") or node.chunk is not None)
+                if not isinstance(node, PAIRWISE) or not fixed or best:
                     return node
                 pending += node.operands()
             elif read:  # a reduction of pairs

@@ -92,7 +92,7 @@ class Horizon:
         if isinstance(node, N.Gather):
             return self.why_gather(node)
         if isinstance(node, N.Attend):
-            return next((why for s in node.sources if (why := Rows(self.graph, node, s).why())), "")
+            return next((why for s in node.sources if (why := Rows(self, node, s).why())), "")
         if (
             self.inner
             and self.inner in node.axes
@@ -171,8 +171,8 @@ class Place:
 class Rows:
     """Which rows of a source a query sees: whether its mask proves them to stand before it, or where it stands."""
 
-    def __init__(self, graph: Graph, node: N.Attend, source: N.Source) -> None:
-        self.graph, self.node, self.source, self.body = graph, node, source, node.body
+    def __init__(self, outer: Horizon, node: N.Attend, source: N.Source) -> None:
+        self.outer, self.graph, self.node, self.source, self.body = outer, outer.graph, node, source, node.body
         self.ranges = Ranges(node.body.by_id)
 
     def why(self) -> str:
@@ -217,34 +217,46 @@ class Rows:
         if (row.side, query.side) != ("row", "query") or row.chunk != query.chunk:
             return False
         # A row's own position may be the query's; a chunk, unless the query is one too, must be over.
-        whole = row.chunk and self.body.axis[self.node.query or ""].kind != "chunk"
+        chunks = row.chunk or self.body.axis[self.source.axis or ""].kind == "chunk"
+        whole = chunks and self.body.axis[self.node.query or ""].kind != "chunk"
         return least >= (1 if whole else 0)
 
-    def linear(self, id_: str, sign: int) -> tuple[dict[Place, int], tuple[float, float]]:
-        """A number as places with their signs, and the range of what is left."""
-        node = self.body[id_]
-        if isinstance(node, N.Map) and node.fn in ("+", "-") and len(node.args) == 2:
-            (a, (a0, a1)), (b, (b0, b1)) = (self.linear(x, s) for x, s in zip(
-                node.args, (sign, sign if node.fn == "+" else -sign)))  # fmt: skip
-            return {p: a.get(p, 0) + b.get(p, 0) for p in {*a, *b}}, (a0 + b0, a1 + b1)
-        place = self.place(node)
+    def linear(self, id_: str, sign: int, side: str = "", outside: bool = False
+               ) -> tuple[dict[Place, int], tuple[float, float]]:  # fmt: skip
+        """A number as places with their signs, and the range of what is left; what bodies capture is looked up outside.
+
+        On the larger side, which `sign` says, what is at most the query's position may stand for it."""
+        graph, ranges = (self.graph, self.outer.ranges) if outside else (self.body, self.ranges)
+        node = graph[id_]
+        if not side and len(node.axes) == 1:
+            side = {self.source.axis: "row", self.node.query: "query"}.get(node.axes[0], "other")
+        if isinstance(node, N.Capture):
+            return self.linear(node.outer, sign, side, outside=True)
+        if isinstance(node, N.Rename):
+            return self.linear(node.arg, sign, side, outside)
+        place = self.place(node, side)
         if place is not None:
             return {place: sign}, (0, 0)
-        low, high = self.ranges[id_]
+        if isinstance(node, N.Map) and node.fn in ("+", "-") and len(node.args) == 2:
+            signs = (sign, sign if node.fn == "+" else -sign)
+            (a, (a0, a1)), (b, (b0, b1)) = (self.linear(x, n, side, outside) for x, n in zip(node.args, signs))
+            return {p: a.get(p, 0) + b.get(p, 0) for p in {*a, *b}}, (a0 + b0, a1 + b1)
+        if isinstance(node, N.Map) and node.fn == ("min" if sign < 0 else "max"):  # at most, or at least, each argument
+            placed = [x for a in node.args if (x := self.linear(a, sign, side, outside))[0]]
+            if placed:
+                return placed[0]
+        if side == "query" and sign < 0 and outside and self.outer.never_after(id_):
+            return {Place("query", ""): sign}, (0, 0)
+        low, high = ranges[id_]
         return {}, (low, high) if sign > 0 else (-high, -low)
 
-    def place(self, node: N.AnyNode) -> Place | None:
-        if len(node.axes) != 1:
+    def place(self, node: N.AnyNode, side: str) -> Place | None:
+        if side not in ("row", "query"):
             return None
-        side = "row" if node.axes[0] == self.source.axis else "query"
-        if isinstance(node, N.Capture):
-            node = self.graph[node.outer]
-        while isinstance(node, N.Rename):
-            node = self.graph[node.arg]
         if isinstance(node, N.Bounds) and node.fn in ("of", "index"):
             return Place(side, self.body.axis[node.chunk].space)
         edge = isinstance(node, N.Bounds) and (node.fn, side) in (("last", "row"), ("first", "query"))
-        return Place(side, "") if edge or isinstance(node, N.Coord) else None
+        return Place(side, "") if edge or isinstance(node, N.Coord) and node.axes else None
 
 
 def looks_ahead(unit: Unit) -> dict[str, Blame]:

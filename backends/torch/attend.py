@@ -137,17 +137,20 @@ class Attention:
     def scores(self, source: Source, tile: slice, given: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Logits [N, C, S, *L], minus infinity where a row is not seen, and values."""
         logit, value, mask = source.scores(*source.sizes, *given)
+        logit, value = logit.to(self.dtype), None if value is None else value.to(self.dtype)
         if source.rows is not None and source.rows.inside is not None:
             inside = source.rows.inside[:, None, tile].view(-1, 1, tile.stop - tile.start, *[1] * len(self.heads))
             mask = inside if mask is None else mask & inside
         return logit if mask is None else logit.masked_fill(~mask, -math.inf), value
 
-    def forward(self, operands: tuple[tuple[Tensor, ...], ...]) -> tuple[Tensor, Tensor]:
-        """The result [N, queries, *O], and the logarithm of the weights' sum [N, queries, *L], infinite for 0."""
+    def forward(self, operands: tuple[tuple[Tensor, ...], ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """The result [N, queries, *O]; the largest logit [N, queries, *L], and the logarithm of the sum of weights
+        relative to it: infinite where no row is seen. Together in one number they would lose the digits of weights."""
         like = torch.empty((), dtype=self.dtype, device=self.queries.at.device)
         count, length = self.queries.at.shape
         out = like.new_zeros((count, length, *self.shape))
         logs = like.new_full((count, length, *self.heads), math.inf)
+        top = torch.zeros_like(logs)
         for part in self.queries.tiles(QUERIES):
             size = (count, part.stop - part.start)
             most = like.new_full((*size, *self.heads), -math.inf)
@@ -166,11 +169,12 @@ class Attention:
                     most = new
             empty = total == 0
             out[:, part] = read / self.lifted(total.masked_fill(empty, 1.0))
-            logs[:, part] = (most + total.log()).masked_fill(empty, math.inf)
-        return out, logs
+            top[:, part] = most.masked_fill(empty, 0.0)
+            logs[:, part] = total.log().masked_fill(empty, math.inf)
+        return out, top, logs
 
-    def backward(self, operands: tuple[tuple[Tensor, ...], ...], out: Tensor, logs: Tensor, d_out: Tensor
-                 ) -> list[list[Tensor | None]]:  # fmt: skip
+    def backward(self, operands: tuple[tuple[Tensor, ...], ...], out: Tensor, top: Tensor, logs: Tensor,
+                 d_out: Tensor) -> list[list[Tensor | None]]:  # fmt: skip
         """The gradients of all operands, added up over tiles."""
         found = [[torch.zeros_like(x) if x.is_floating_point() else None for x in ops] for ops in operands]
         delta = self.lowered(d_out * out)
@@ -180,13 +184,14 @@ class Attention:
                 for tile in self.tiles(source, part, ops):
                     given = self.tile(source, part, tile, ops)
                     logit, value = self.scores(source, tile, given)
-                    weight = torch.exp(logit - logs[:, part, None])
+                    weight = torch.exp(logit - top[:, part, None] - logs[:, part, None])
                     d_value, d_weight = None, -delta[:, part, None]
                     if value is not None:
                         d_value = torch.einsum(to_value, weight, d_out[:, part])
                         d_weight = d_weight + torch.einsum(to_weights, d_out[:, part], value)
-                    # A weight of 1 leaves nothing for other rows: what rounding leaves of its logit's gradient is 0.
-                    d_logit = (weight * d_weight).masked_fill(weight == 1, 0.0)
+                    # A row alone has weight 1, whatever its logit: what rounding leaves of its gradient is 0.
+                    alone = (weight == 1) & (logs[:, part, None] == 0)
+                    d_logit = (weight * d_weight).masked_fill(alone, 0.0)
                     new = source.gradients(*source.sizes, *given, d_logit, d_value)
                     for k, (d, side) in enumerate(zip(new, source.sides)):
                         grad = grads[k]
@@ -225,18 +230,18 @@ class Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, attention: Attention, *flat: Tensor) -> Tensor:
         operands = _grouped(attention, flat)
-        out, logs = attention.forward(operands)
+        out, top, logs = attention.forward(operands)
         ctx.attention = attention
-        ctx.save_for_backward(out, logs, *flat)
+        ctx.save_for_backward(out, top, logs, *flat)
         return out
 
     @staticmethod
     @uncast
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         once()
-        out, logs, *flat = ctx.saved_tensors
+        out, top, logs, *flat = ctx.saved_tensors
         operands = _grouped(ctx.attention, tuple(flat))
-        found = ctx.attention.backward(operands, out, logs, d_out)
+        found = ctx.attention.backward(operands, out, top, logs, d_out)
         return None, *(d for grads in found for d in grads)
 
 

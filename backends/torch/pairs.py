@@ -24,7 +24,8 @@ class Pairs(Body):
         for n in form.inputs(source):
             self.names[n.id] = self.fresh(n.name if is_name(n.name) else "x")
         self.operands = list(self.names.values())
-        self.names |= {n.id: n.id for n in graph.of_kind(N.Input) if n.id not in self.names}
+        self.cotangents = {n.id: n.name for n in graph.of_kind(N.Input) if n.id not in self.names}
+        self.names |= self.cotangents
 
     def is_sequence(self, axis: str) -> bool:
         return False
@@ -34,7 +35,7 @@ class Pairs(Body):
 
     def per_sequence(self, graph: Graph, node: N.AnyNode) -> bool:
         if isinstance(node, N.Input):
-            return node.name in ("d_logit", "d_value") or not self.form.shared(node.name)
+            return node.id in self.cotangents or not self.form.shared(node.name)
         if isinstance(node, N.Coord | N.Bounds):
             return self.is_place(node)
         return super().per_sequence(graph, node)
@@ -71,7 +72,7 @@ class Pairs(Body):
         home = self.home(self.graph, id_)
         text, rank = self.aligned(self.graph, id_, axes, home)
         if self.number(self.graph, id_):
-            text, rank = f"torch.full((), {text}, dtype=ct, device=device)", 9
+            text, rank = f"torch.full((), {text}, dtype={self.dtype(self.graph[id_])}, device=device)", 9
         return f"wide({text}, {len(axes) + 1})" if home == NOWHERE else held(text, rank, 0)
 
     def scores(self) -> list[str]:
@@ -197,7 +198,10 @@ def _tile(unit: Unit, form: Form, source: N.Source, name: str, lines: Lines) -> 
     bodies["scores"] = first.w.lines, ", ".join(first.scores())
     second = Pairs(unit, source.gradients, form, source, lines)
     second.emit()
-    bodies["gradients"] = [*second.squeezed(), *second.w.lines], "".join(x + ", " for x in second.gradients()).strip()
+    bodies["gradients"] = (
+        [*second.squeezed(), *second.w.lines],
+        f"({''.join(x + ', ' for x in second.gradients()).strip()})",
+    )
     seen = "True"
     if source.mask is not None:
         third = Pairs(unit, source.scores, form, source, lines)

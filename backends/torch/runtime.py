@@ -416,7 +416,9 @@ def uncast(function: Function) -> Function:
 def once() -> None:
     """Refuse a backward that is to be differentiated itself: a scan's gradient has no derivative."""
     if torch.is_grad_enabled():
-        raise RuntimeError("a scan has no second derivative: its backward cannot run with create_graph=True")
+        raise RuntimeError(
+            "scans and attentions have no second derivative: their backward cannot run with create_graph=True"
+        )
 
 
 Scan = Callable[[Sequences, Tensor, Tensor, Tensor, bool, bool], tuple[Tensor, Tensor]]

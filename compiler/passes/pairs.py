@@ -38,8 +38,9 @@ def vjp(node: N.Attend, source: N.Source) -> Graph:
             axes = (*pair, *node.logit_axes()) if what == "d_logit" else value_axes(b.nodes[own].axes, pair)
             given.setdefault(own, []).append(_over(b, b.add(N.Input, what, name=what, axes=axes), b.nodes[own].axes))
     outputs: list[tuple[str, str]] = []
+    wild = _wild(b)
     for x in reversed(list(b.nodes.values())):
-        if x.id not in given or x.dtype != "float":
+        if x.id not in given or x.dtype != "float" or isinstance(x, N.Const):
             continue
         total = _sum(b, given[x.id])
         if isinstance(x, N.Input):
@@ -47,9 +48,23 @@ def vjp(node: N.Attend, source: N.Source) -> Graph:
             outputs.append((f"d_{x.name}", total if b.nodes[total].axes == x.axes else _as(b, total, x.axes)))
             continue
         for arg, d in _operands(b, x, total):
+            if d is not None and x.id in wild:
+                d = b.map("where", b.map("==", total, b.const(0.0)), b.const(0.0), d)
             if d is not None and b.nodes[arg].dtype == "float" and not isinstance(b.nodes[arg], N.Const):
                 given.setdefault(arg, []).append(_over(b, d, b.nodes[arg].axes, x.axes if isinstance(x, N.Map) else ()))
     return b.graph(reversed(outputs)).pruned()
+
+
+WILD = ("log", "/", "pow", "inv_softplus")
+
+
+def _wild(b: Builder) -> set[str]:
+    """What may be infinite, or have a derivative that is: of a pair that is not seen, it is not multiplied by 0."""
+    out: set[str] = set()
+    for n in b.nodes.values():
+        if isinstance(n, N.Map) and (n.fn in WILD or out & set(n.args)):
+            out.add(n.id)
+    return out
 
 
 def value_axes(axes: tuple[str, ...], pair: tuple[str, ...]) -> tuple[str, ...]:
