@@ -51,9 +51,9 @@ OPS = {
     "numbers": op("{\n over s {\n logit = 0.25\n value = v\n mask = true and s <= t\n }\n"
                   " row {\n logit = 0\n value = 2\n }\n}"),
     "no_row_seen": op("over s {\n logit = -inf\n value = v\n mask = t >= 0\n}"),
-    "of_params": op("{\n over s {\n logit = dot[i](q, k)\n value = w\n mask = s <= t\n }\n row { logit = 0 }\n}",
+    "of_params": op(f"{{\n over s {{\n {DOT.replace('value = v', 'value = w')} mask = s <= t\n }}\n row {{ logit = 0 }}\n}}",
                     "param w[h, j] = normal(1)"),
-    "of_queries": op("{\n over s {\n logit = dot[i](q, k)\n value = e\n mask = s < t\n }\n row { logit = 0 }\n}",
+    "of_queries": op(f"{{\n over s {{\n {DOT.replace('value = v', 'value = e')} mask = s < t\n }}\n row {{ logit = 0 }}\n}}",
                      "input e[t, h, j]"),
     "log_distance": op("over s {\n logit = dot[i](q, k) - b * log(t - s) + b / (t - s)\n value = v\n mask = s < t\n}",
                        "param b[h] = normal(1)"),
