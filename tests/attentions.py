@@ -21,6 +21,12 @@ def scored(logit: str, before: str = "") -> str:
     return op(f"over s {{\n logit = {logit}\n value = v\n mask = s <= t\n}}", before)
 
 
+def sunk(mask: str, value: str, before: str) -> str:
+    """Rows that all have one value, beside a row without."""
+    rows = DOT.replace("value = v", f"value = {value}")
+    return op(f"{{\n over s {{\n {rows} mask = {mask}\n }}\n row {{ logit = 0 }}\n}}", before)
+
+
 OPS = {
     "causal": masked("s <= t"),
     "full": op(f"over s {{\n {DOT}}}"),
@@ -51,10 +57,8 @@ OPS = {
     "numbers": op("{\n over s {\n logit = 0.25\n value = v\n mask = true and s <= t\n }\n"
                   " row {\n logit = 0\n value = 2\n }\n}"),
     "no_row_seen": op("over s {\n logit = -inf\n value = v\n mask = t >= 0\n}"),
-    "of_params": op(f"{{\n over s {{\n {DOT.replace('value = v', 'value = w')} mask = s <= t\n }}\n row {{ logit = 0 }}\n}}",
-                    "param w[h, j] = normal(1)"),
-    "of_queries": op(f"{{\n over s {{\n {DOT.replace('value = v', 'value = e')} mask = s < t\n }}\n row {{ logit = 0 }}\n}}",
-                     "input e[t, h, j]"),
+    "of_params": sunk("s <= t", "w", "param w[h, j] = normal(1)"),
+    "of_queries": sunk("s < t", "e", "input e[t, h, j]"),
     "log_distance": op("over s {\n logit = dot[i](q, k) - b * log(t - s) + b / (t - s)\n value = v\n mask = s < t\n}",
                        "param b[h] = normal(1)"),
     "emitted_names": op("over s {\n logit = dot[i](q, d_logit) + at * s / 9\n value = d_value\n mask = s <= t\n}",
