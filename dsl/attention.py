@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from chunkc.dsl import tree as T
 from chunkc.dsl.recurrences import Recurrences
@@ -15,6 +16,15 @@ from chunkc.ir.graph import Builder
 from chunkc.ir.verify import PAIRWISE
 
 PARTS = {"logit": "float", "value": "float", "mask": "bool"}
+Part = tuple[str, T.Define]  # a node of the unit's graph, and where it is written
+
+
+class Given(NamedTuple):
+    """A source as it is written: the axis of its rows (None: one row), and its logit, value and mask."""
+
+    source: T.Source
+    axis: str | None
+    parts: dict[str, Part]
 
 
 class Attentions(Recurrences):
@@ -23,7 +33,7 @@ class Attentions(Recurrences):
     def attention(self, s: T.Attention) -> None:
         before = len(self.report.errors)
         target = self.axis_list(s.axes) if s.axes is not None else None
-        given = [(source, axis, self.parts(source)) for source, axis in self.sources(s)]
+        given = [Given(source, axis, self.parts(source)) for source, axis in self.sources(s)]
         whole = all(len(parts) == len(source.body) for source, _, parts in given)  # else names were unknown already
         if not given and len(self.report.errors) == before:
             self.report.error("no-source", f"'{s.name.text}' reads no rows", s.span,
@@ -55,9 +65,9 @@ class Attentions(Recurrences):
                 else:
                     yield part, axis.name
 
-    def parts(self, source: T.Source) -> dict[str, tuple[str, T.Define]]:
+    def parts(self, source: T.Source) -> dict[str, Part]:
         """A source's logit, value and mask: nodes of the unit's graph, and where they stand."""
-        out: dict[str, tuple[str, T.Define]] = {}
+        out: dict[str, Part] = {}
         for d in source.body:
             self.work.spend(d.span)
             if not isinstance(d, T.Define) or d.name.text not in PARTS:
@@ -81,7 +91,7 @@ class Attentions(Recurrences):
             self.report.error("no-source", "this source has no logit", source.span, hints=("write 'logit = ...'",))
         return out
 
-    def query(self, s: T.Attention, given: list[tuple[T.Source, str | None, dict[str, tuple[str, T.Define]]]]
+    def query(self, s: T.Attention, given: list[Given]
               ) -> str | None:  # fmt: skip
         """The sequence that the queries are of, found: that of all parts which is not their rows'."""
         found: dict[str, Span] = {}
@@ -102,7 +112,7 @@ class Attentions(Recurrences):
                               related=((found[a], f"this is over {a}"),))  # fmt: skip
         return next(iter(found), None)
 
-    def attend(self, s: T.Attention, given: list[tuple[T.Source, str | None, dict[str, tuple[str, T.Define]]]],
+    def attend(self, s: T.Attention, given: list[Given],
                query: str | None, target: tuple[str, ...] | None) -> str | None:  # fmt: skip
         """The node; its axes are the logits' and the values', or those declared."""
         body = Builder(axes=self.axes.values())
@@ -127,7 +137,7 @@ class Attentions(Recurrences):
         return self.builder.add(N.Attend, s.name.text, s.span, query=query, sources=tuple(sources),
                                 body=body.graph(()), axes=target or tuple(axes))  # fmt: skip
 
-    def expand_groups(self, given: list[dict[str, tuple[str, T.Define]]], target: tuple[str, ...]) -> None:
+    def expand_groups(self, given: list[dict[str, Part]], target: tuple[str, ...]) -> None:
         """Parts over groups of an axis that another part is over are read over its members."""
         union = {a for parts in given for id_, _ in parts.values() for a in self.builder.nodes[id_].axes} | {*target}
         for parts in given:
@@ -138,9 +148,7 @@ class Attentions(Recurrences):
                         id_ = self.x.expand(id_, a, parent, d.value.span, Context(self.builder))
                         parts[name] = id_, d
 
-    def widen(
-        self, given: list[tuple[T.Source, str | None, dict[str, tuple[str, T.Define]]]], query: str | None
-    ) -> None:
+    def widen(self, given: list[Given], query: str | None) -> None:
         """Integers become real numbers; values are over the rows, and over all axes that no weight has."""
         b = self.builder
         weights = {
