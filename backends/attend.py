@@ -124,5 +124,5 @@ def _operand(p: Layout, form: Form, source: N.Source, n: N.Input, queries: str, 
         before, after = cached.get(n.name, ("None", "")) if side == "r" else ("None", "")
         p.w(f"{laid[at, outer]} = {at}.lay({text}{f', {before}' if after else ''})")
         if after:
-            p.w(f"{after} = {laid[at, outer]}" + (".to(given)" if n.dtype == "float" else ""))
+            p.w(f"{after} = {laid[at, outer]}")
     return laid[at, outer]

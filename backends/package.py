@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from chunkc.backends.attend import Tile
 from chunkc.backends.body import matrix_scans
 from chunkc.backends.scan import scan_form
 from chunkc.backends.torch.pairs import attentions
@@ -20,6 +21,7 @@ from chunkc.ir.diagnostics import SourceFile
 from chunkc.ir.graph import Graph, Unit
 from chunkc.ir.rewrite import Rebinding
 
+Tiles = Mapping[str, Mapping[str, list[Tile]]]  # the functions of each unit's attentions
 AT_RUN_TIME = Path(__file__).parent / "torch"  # modules that are copied into packages
 
 
@@ -29,10 +31,11 @@ def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[st
     names = [{identifier(p.name): p.name for p in u.params} for u in units]
     units = tuple(_safe_names(u) for u in units)
     settings = {identifier(name): value for name, value in settings.items()}
+    tiles = {u.name: attentions(u, prefix_of(u, units), lines) for u in units}
     head = f'"""Made by chunkc from {source.name}. Edits are lost when it is built again."""\n'
     return {
-        "__init__.py": head + "\n" + _modules(units, names, lines, settings),
-        "_torch.py": head + "\n" + _torch(units, lines),
+        "__init__.py": head + "\n" + _modules(units, names, lines, settings, tiles),
+        "_torch.py": head + "\n" + _torch(units, lines, tiles),
         "_kernels.py": head + "\n" + emit_kernels(units, lines),
         **{f"_{name}.py": _copied(name) for name in ("checks", "functions", "runtime")},
         **({"_chunks.py": _copied("chunks")} if any(u.graph.of_kind(N.Segment) for u in units) else {}),
@@ -54,14 +57,14 @@ def _safe_names(unit: Unit) -> Unit:
     return unit.evolve(graph=Rebinding(axes, sizes).graph(unit.graph), params=params)
 
 
-def _torch(units: tuple[Unit, ...], lines: Lines) -> str:
+def _torch(units: tuple[Unit, ...], lines: Lines, tiles: Tiles) -> str:
     w = Writer()
     w("from __future__ import annotations")
     w()
     forms = [(u, s) for u in units for s in matrix_scans(u.graph)]
-    tiles = [t for u in units for each in attentions(u, prefix_of(u, units), lines).values() for t in each]
-    words = set(re.findall(r"\w+", "".join(t.text for t in tiles)))
-    if forms or tiles:
+    functions = [t for u in units for each in tiles[u.name].values() for t in each]
+    words = set(re.findall(r"\w+", "".join(t.text for t in functions)))
+    if forms or functions:
         w("from typing import Any")
         w()
         w("import torch")
@@ -85,7 +88,7 @@ def _torch(units: tuple[Unit, ...], lines: Lines) -> str:
         w()
         w()
         emit_scan(scan_form(scan, _axes(unit.graph), prefix_of(unit, units)), lines, w)
-    for tile in tiles:
+    for tile in functions:
         w()
         w()
         w.lines += tile.text.rstrip().splitlines()
@@ -115,10 +118,11 @@ RUNTIME_NAMES = (
 )  # fmt: skip
 
 
-def _modules(units: tuple[Unit, ...], given: list[dict[str, str]], lines: Lines, settings: Mapping[str, Number]) -> str:
+def _modules(units: tuple[Unit, ...], given: list[dict[str, str]], lines: Lines, settings: Mapping[str, Number],
+             tiles: Tiles) -> str:  # fmt: skip
     """`__init__.py`; `given` are the spec's names for each unit's parameters."""
     body = Writer()
-    _module_body(units, given, lines, settings, body)
+    _module_body(units, given, lines, settings, tiles, body)
     shown = {public(n.name) for u in units for n in u.graph.of_kind(N.Input, N.Param)} | {u.name for u in units}
     written, hidden = _unshadowed(body.text(), shown | {public(p) for names in given for p in names.values()})
     used = set(re.findall(r"\w+", written))
@@ -177,7 +181,7 @@ def _unshadowed(text: str, names: set[str]) -> tuple[str, dict[str, str]]:
 
 
 def _module_body(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines, settings: Mapping[str, Number],
-                 w: Writer) -> None:  # fmt: skip
+                 tiles: Tiles, w: Writer) -> None:  # fmt: skip
     exported = sorted(public(u.name) for u in units)
     w("__all__ = [" + ", ".join(f'"{n}"' for n in exported) + "]")
     w()
@@ -193,4 +197,4 @@ def _module_body(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Li
         w()
         w()
         prefix = prefix_of(unit, units)
-        UnitEmitter(unit, given, lines, w, settings, prefix, attentions(unit, prefix, lines)).emit()
+        UnitEmitter(unit, given, lines, w, settings, prefix, tiles[unit.name]).emit()

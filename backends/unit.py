@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from chunkc.backends.attend import Tile
 from chunkc.backends.body import Body, param_name
+from chunkc.backends.expressions import next_name
 from chunkc.backends.layout import EACH, NOWHERE, sequence_names
 from chunkc.backends.states import WHAT, StateField, fields, positioned, states, whole_reason
 from chunkc.backends.writer import Lines, Writer, identifier, public, quoted
@@ -286,11 +287,14 @@ class UnitEmitter:
             names = [self.output(id_) for _, id_ in self.outputs]
             if self.fields:
                 with w.indented("if state is not None:"):
-                    new = ", ".join(
-                        [*(f"next_{identifier(f.name)}" for f in self.fields), "state.position + seq.offsets.diff()"]
-                    )
+                    new = ", ".join([*(self.after(f) for f in self.fields), "state.position + seq.offsets.diff()"])
                     w(f"return {', '.join(names)}, {self.name}State({new})")
             w(f"return {', '.join(names)}")
+
+    @staticmethod
+    def after(f: StateField) -> str:
+        """A field after the call: rows are kept in the inputs' type, cast only where a state is returned."""
+        return next_name(f.name) + (".to(given)" if f.kind == "cache" and f.dtype == "float" else "")
 
     def output(self, id_: str) -> str:
         home = self.printer.home(self.graph, id_)
@@ -506,7 +510,7 @@ class UnitEmitter:
         if not self.fields:
             w(f"return {', '.join(names)}")
             return
-        finals = [f"next_{identifier(f.name)}" for f in self.fields]
+        finals = [self.after(f) for f in self.fields]
         if self.position:
             finals.append("seq.offsets.diff() if start is None else start + seq.offsets.diff()")
         made = finals[0] if len(finals) == 1 else f"{state}({', '.join(finals)})"

@@ -42,11 +42,12 @@ class Lines:
 
     def code(self, span: Span | None) -> str:
         """The spec's line, without its comment, and where it stands."""
-        if span is None:
-            return ""
+        return "" if span is None else f"{self.line(span)}   {self.place(span)}"
+
+    def line(self, span: Span) -> str:
+        """The spec's line without its comment."""
         source = self.source.of(span.file)
-        text = source.line(source.position(span.start)[0]).split("#")[0].strip()
-        return f"{text}   {self.place(span)}"
+        return source.line(source.position(span.start)[0]).split("#")[0].strip()
 
 
 # Names that an emitted module uses for itself.
@@ -56,7 +57,7 @@ check cu_seqlens initial_state output_final_state position step factory batch fl
 range Sequences Weights axis_size check_offsets check_packing check_state check_tensors check_values compute_dtype
 exact inv_softplus l2_norm lay layer_norm linear rms_norm softmax stopped use_kernels length row_of complex_type
 Places Source attend larger scatter wide at at_rows d_logit d_value queries along_valid over_valid take check_position
-Chunks masked os once uncast states Any Generator index any tl triton masked_sum vector vector_reverse max_plus before
+Chunks masked os once uncast states Any index any tl triton masked_sum vector vector_reverse max_plus before
 after halves levels log_gate ValueError
 """
 MODULE_NAMES = frozenset(_MODULE_NAMES.split())

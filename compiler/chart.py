@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 from chunkc.backends.layout import generic
-from chunkc.backends.writer import is_name
+from chunkc.backends.writer import Lines, is_name
 from chunkc.ir import nodes as N
 from chunkc.ir.diagnostics import SourceFile, Span
 from chunkc.ir.graph import Graph, Unit
@@ -66,8 +66,7 @@ def _code(source: SourceFile, span: Span | None, fallback: str) -> str:
     """The spec's line behind a node, without its comment."""
     if span is None:
         return fallback
-    home = source.of(span.file)
-    text = home.line(home.position(span.start)[0]).split("#")[0].strip()
+    text = Lines(source).line(span)
     return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
 
 

@@ -167,10 +167,9 @@ class Slice(Unary):
     at: Size
 
 
-class Gather(Node):
-    """`x[a = index]` at integer positions; outside the axis, 0. The index's axes replace a, and meet x's by name."""
+class Indexed(Node):
+    """What a gather and its gradient share: an operand, and integers that name positions along an axis."""
 
-    kind: Literal["gather"] = "gather"
     arg: str
     index: str
     axis: AxisName
@@ -182,20 +181,17 @@ class Gather(Node):
         return self.evolve(arg=names.get(self.arg, self.arg), index=names.get(self.index, self.index))
 
 
-class Scatter(Node):
+class Gather(Indexed):
+    """`x[a = index]` at integer positions; outside the axis, 0. The index's axes replace a, and meet x's by name."""
+
+    kind: Literal["gather"] = "gather"
+
+
+class Scatter(Indexed):
     """The sum of what `index` sends to each position of a fixed axis, over all axes that the result lacks: the gradient
     of a gather."""
 
     kind: Literal["scatter"] = "scatter"
-    arg: str
-    index: str
-    axis: AxisName
-
-    def operands(self) -> tuple[str, ...]:
-        return (self.arg, self.index)
-
-    def renamed(self, names: dict[str, str]) -> Node:
-        return self.evolve(arg=names.get(self.arg, self.arg), index=names.get(self.index, self.index))
 
 
 class Linear(Node):

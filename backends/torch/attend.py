@@ -90,6 +90,7 @@ class Attention:
     def __init__(self, queries: Places, sources: tuple[Source, ...], shape: tuple[int, ...], weighted: str,
                  dtype: torch.dtype) -> None:  # fmt: skip
         self.queries, self.sources, self.shape, self.weighted, self.dtype = queries, sources, shape, weighted, dtype
+        self.bounds: dict[int, tuple[Bounds, dict[int, Bounds]]] = {}
         self.heads = tuple(n for n, w in zip(shape, weighted) if w == "w")
 
     def lifted(self, x: Tensor) -> Tensor:
@@ -122,8 +123,13 @@ class Attention:
                 if source.seen(*source.sizes, at, (tile.start, tile.stop - 1), *wide):
                     yield tile
             return
-        given = [_bounds(operands[k], {"q": [part], "r": tiles}.get(source.sides[k])) for k in source.compared]
-        some = source.seen(*source.sizes, _bounds(self.queries.at, [part]), _bounds(source.rows.at, tiles), *given)
+        if id(source) not in self.bounds:  # of what is not over queries: the same for each of their tiles
+            compared = {k: _bounds(operands[k], tiles if source.sides[k] == "r" else None)
+                        for k in source.compared if source.sides[k] != "q"}  # fmt: skip
+            self.bounds[id(source)] = _bounds(source.rows.at, tiles), compared
+        below, fixed = self.bounds[id(source)]
+        given = [fixed[k] if k in fixed else _bounds(operands[k], [part]) for k in source.compared]
+        some = source.seen(*source.sizes, _bounds(self.queries.at, [part]), below, *given)
         seen = torch.as_tensor(some).expand(self.queries.at.shape[0], len(tiles)).any(0)
         yield from (tile for tile, found in zip(tiles, seen.tolist()) if found)
 
