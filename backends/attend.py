@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from chunkc.backends.layout import EACH, LETTERS, NOWHERE, Layout
 from chunkc.ir import nodes as N
+from chunkc.ir.graph import Graph
 
 
 class Form:
@@ -72,10 +74,93 @@ class Tile:
     text: str
 
 
-def call(p: Layout, form: Form, tiles: list[Tile], cached: dict[str, tuple[str, str]], start: str) -> None:
+@dataclass(frozen=True)
+class Bounds:
+    """Texts of the least and the most value of a tile."""
+
+    least: str
+    most: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Whether a mask may hold of some pair of two tiles, by the bounds of what it compares, as the text of a condition.
+
+    `leaf` gives the bounds of a capture or a position, None if they are not known; `number` the text of a constant;
+    `larger` is the name of the function that gives the larger of two."""
+
+    graph: Graph
+    leaf: Callable[[N.AnyNode], Bounds | None]
+    number: Callable[[N.Const], str]
+    larger: str
+
+    def holds(self, id_: str, may: bool = True) -> str:
+        """Whether a mask may hold of some pair, or else must of all; `True` or `False` where nothing is known."""
+        node, unknown = self.graph[id_], str(may)
+        if isinstance(node, N.Input):
+            found = self.leaf(node)
+            return unknown if found is None else f"({found.most if may else found.least} > 0)"
+        if not isinstance(node, N.Map):
+            return unknown
+        if node.fn == "as":
+            return self.holds(node.args[0], may)
+        if node.fn == "not":
+            inner = self.holds(node.args[0], not may)
+            return {"True": "False", "False": "True"}.get(inner, f"({inner} ^ True)")
+        if node.fn in ("and", "or"):
+            idle, final = ("True", "False") if node.fn == "and" else ("False", "True")
+            parts = [x for x in (self.holds(a, may) for a in node.args) if x != idle]
+            if final in parts or not parts:
+                return final if parts else idle
+            return f"({(' & ' if node.fn == 'and' else ' | ').join(parts)})" if len(parts) > 1 else parts[0]
+        if node.fn not in ("<", "<=", ">", ">=", "==", "!="):
+            return unknown
+        left, right = (self.bounds(a) for a in node.args)
+        return unknown if left is None or right is None else compared(node.fn, left, right, may)
+
+    def bounds(self, id_: str) -> Bounds | None:
+        """The bounds of a value; None where they are not known."""
+        node = self.graph[id_]
+        if isinstance(node, N.Const):
+            return Bounds(self.number(node), self.number(node))
+        if not isinstance(node, N.Map):
+            return self.leaf(node) if node.dtype != "bool" else None
+        if node.fn not in ("+", "-", "neg", "as", "abs") or len(node.args) > 2:
+            return None
+        parts = [b for a in node.args if (b := self.bounds(a)) is not None]
+        if len(parts) < len(node.args):
+            return None
+        if node.fn == "as":
+            return parts[0]
+        if node.fn == "abs":
+            least, most = parts[0].least, parts[0].most
+            return Bounds(f"{self.larger}({self.larger}({least}, -{most}), 0)", f"{self.larger}(-{least}, {most})")
+        if node.fn == "neg":
+            return Bounds(f"(-{parts[0].most})", f"(-{parts[0].least})")
+        a, b = parts
+        if node.fn == "+":
+            return Bounds(f"({a.least} + {b.least})", f"({a.most} + {b.most})")
+        return Bounds(f"({a.least} - {b.most})", f"({a.most} - {b.least})")
+
+
+def compared(fn: str, a: Bounds, b: Bounds, may: bool) -> str:
+    """Whether a comparison may hold of some values, or must of all."""
+    if fn in (">", ">="):
+        return compared({">": "<", ">=": "<="}[fn], b, a, may)
+    if fn in ("<", "<="):
+        return f"({a.least} {fn} {b.most})" if may else f"({a.most} {fn} {b.least})"
+    apart = f"(({a.most} < {b.least}) | ({b.most} < {a.least}))"
+    if fn == "==":
+        return f"({apart} ^ True)" if may else f"(({a.least} == {b.most}) & ({a.most} == {b.least}))"
+    return f"(({a.least} != {b.most}) | ({a.most} != {b.least}))" if may else apart
+
+
+def call(p: Layout, form: Form, tiles: list[Tile], cached: dict[str, tuple[str, str]], start: str,
+         name: str) -> None:  # fmt: skip
     """The statements that lay the operands out, and the call; `tiles` are the functions of each source.
 
-    `cached` names, for captures over rows, the tensor of calls before and the variable for the next."""
+    `cached` names, for captures over rows, the tensor of calls before and the variable for the next; `name` is what
+    the function is called that runs it."""
     node, w = form.node, p.w
     w(f"# {node.id}: {p.lines.code(node.span)}")
     queries, made = p.fresh("queries"), []
@@ -97,17 +182,18 @@ def call(p: Layout, form: Form, tiles: list[Tile], cached: dict[str, tuple[str, 
             rows = places[source.axis]
         operands = [_operand(p, form, source, n, queries, rows, laid, cached) for n in form.inputs(source)]
         sides = "".join(form.side(source, n.name) for n in form.inputs(source))
-        w(f"{(name := p.fresh('source'))} = Source(")
+        made.append(p.fresh("source"))
+        w(f"{made[-1]} = Source(")
         names = [x if x == "None" else f"_torch.{x}" for x in (tile.scores, tile.gradients, tile.seen)]
         compared = "".join(f"{k}, " for k in tile.compared).rstrip()
         w(f"    {rows}, {', '.join(names)}, ({compared}), ({''.join(s + ', ' for s in tile.sizes).rstrip()}),")
         w(f'    ({"".join(o + ", " for o in operands).rstrip()}), "{sides}", "{form.read(source)}")')
-        made.append(name)
     weighted = "".join("w" if a in form.heads else "." for a in form.own)
-    name = p.fresh(node.id)
+    result = p.fresh(node.id)
     shape = f"({''.join(a + ', ' for a in form.own).rstrip()})"
-    w(f'{name} = attend({queries}, ({", ".join(made)},), {shape}, "{weighted}", ct)  # {p.lines.place(node.span)}')
-    p.names[node.id] = name
+    given = f'{queries}, ({", ".join(made)},), {shape}, "{weighted}", ct'
+    w(f"{result} = scans.{name}({given})  # {p.lines.place(node.span)}")
+    p.names[node.id] = result
 
 
 def _operand(p: Layout, form: Form, source: N.Source, n: N.Input, queries: str, rows: str,

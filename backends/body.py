@@ -21,7 +21,7 @@ class Body(Loops):
 
     def __init__(self, unit: Unit, lines: Lines, w: Writer, owner: str, prefix: str = "") -> None:
         super().__init__(unit, lines, w)
-        self.owner = owner
+        self.owner, self.prefix = owner, prefix
         self.scans = {
             n.id: scan_form(n, {x.id: x.axes for x in self.graph.nodes}, prefix) for n in matrix_scans(self.graph)
         }
@@ -182,7 +182,8 @@ class Body(Loops):
             if field is not None and not self.whole
         }
         start = self.start(node.query) if node.query is not None else "None"
-        call(self, form, self.attentions[node.id], cached, start)
+        name = f"attend_{self.prefix}{identifier(node.id)}"
+        call(self, form, self.attentions[node.id], cached, start, name)
 
     def outs(self, node: N.AnyNode) -> dict[int, N.Out]:
         return {u.index: u for u in self.users_in(self.graph)[node.id] if isinstance(u, N.Out)}

@@ -36,7 +36,7 @@ def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[st
     return {
         "__init__.py": head + "\n" + _modules(units, names, lines, settings, tiles),
         "_torch.py": head + "\n" + _torch(units, lines, tiles),
-        "_kernels.py": head + "\n" + emit_kernels(units, lines),
+        "_kernels.py": head + "\n" + emit_kernels(units, lines, tiles),
         **{f"_{name}.py": _copied(name) for name in ("checks", "functions", "runtime")},
         **({"_chunks.py": _copied("chunks")} if any(u.graph.of_kind(N.Segment) for u in units) else {}),
         **({"_attend.py": _copied("attend")} if any(u.graph.of_kind(N.Attend) for u in units) else {}),
@@ -72,7 +72,7 @@ def _torch(units: tuple[Unit, ...], lines: Lines, tiles: Tiles) -> str:
         if "F" in words:
             w("from torch.nn import functional as F")
         w()
-    if helpers := sorted({"larger", "wide"} & words):
+    if helpers := sorted({"larger", "wide"} & words) + ["attend"] * any(tiles.values()):
         w(f"from ._attend import {', '.join(helpers)}")
     if helpers := [n for n in FUNCTIONS if n in words]:
         w(f"from ._functions import {', '.join(helpers)}")
@@ -92,6 +92,11 @@ def _torch(units: tuple[Unit, ...], lines: Lines, tiles: Tiles) -> str:
         w()
         w()
         w.lines += tile.text.rstrip().splitlines()
+    for unit in units:
+        for id_ in tiles[unit.name]:
+            w()
+            w()
+            w(f"attend_{prefix_of(unit, units)}{identifier(id_)} = attend")
     return w.text()
 
 
@@ -146,7 +151,7 @@ def _modules(units: tuple[Unit, ...], given: list[dict[str, str]], lines: Lines,
     w("from . import _torch")
     w(f"from ._checks import {', '.join(n for n in CHECK_NAMES if n in used)}")
     if any(u.graph.of_kind(N.Attend) for u in units):
-        w("from ._attend import Places, Source, attend")
+        w("from ._attend import Places, Source")
     if any(u.graph.of_kind(N.Segment) for u in units):
         w("from ._chunks import Chunks")
     for module, names in (("_functions", FUNCTIONS), ("_runtime", RUNTIME_NAMES)):

@@ -316,7 +316,7 @@ class UnitEmitter:
         if self.whole and self.unit.kind == "layer":  # it starts anew at each call
             for f in states(self.graph):
                 w(f"state_{identifier(f.name)} = None")
-        if any(isinstance(n, N.Scan) for n in self.graph.nodes):
+        if any(isinstance(n, N.Scan | N.Attend) for n in self.graph.nodes):
             w(f"scans = _scans({first})")
         for n in self.inputs:
             if n.dtype in ("float", "complex"):

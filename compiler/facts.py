@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from chunkc.backends.states import caches, whole_reason
+from chunkc.backends.triton.emit import attention_of
+from chunkc.backends.triton.pairs import NoKernel
+from chunkc.backends.writer import Lines
 from chunkc.driver import Compiled
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
@@ -52,7 +55,7 @@ def _unit(source: SourceFile, semantic: Unit, unit: Unit) -> dict[str, Any]:
                    for n in graph.of_kind(N.Segment)],
         "sizes": {a.name: a.size.text() for a in graph.axes if a.size is not None},
         "recurrences": list(_recurrences(source, graph)),
-        "attentions": [_attention(source, graph, n) for n in graph.of_kind(N.Attend)],
+        "attentions": [_attention(source, unit, n) for n in graph.of_kind(N.Attend)],
         "operations": _cost_data(operations(graph)),
         "least_elements": _cost_data(elements(graph)),
         "least_bytes": {dtype: _cost_data(bytes_moved(graph, size)) for dtype, size in BYTES.items()},
@@ -160,9 +163,9 @@ def _state(graph: Graph, name: str, axes: tuple[str, ...]) -> dict[str, Any]:
     return {"name": name, "axes": list(axes), "elements": _cost_data({_fixed(graph, axes): 1})}
 
 
-def _attention(source: SourceFile, graph: Graph, node: N.Attend) -> dict[str, Any]:
-    """An attention: its sources, and the operations for each query and row that meet."""
-    sources = []
+def _attention(source: SourceFile, unit: Unit, node: N.Attend) -> dict[str, Any]:
+    """An attention: its sources, the operations for each query and row that meet, and what runs it on a GPU."""
+    graph, sources = unit.graph, []
     for s in node.sources:
         parts = {n.id: n for n in node.body.nodes}
         mask = None if s.mask is None else _place(source, parts[s.mask].span)
@@ -172,8 +175,11 @@ def _attention(source: SourceFile, graph: Graph, node: N.Attend) -> dict[str, An
             _add(cost, 2, graph, {*node.logit_axes(), *parts[s.value].axes})
         sources.append({"rows": s.axis, "mask": mask, "operations": _cost_data(cost)})
     kept = [{"name": f.name, "axes": list(f.axes)} for f in caches(graph) if (f.node or "").startswith(f"{node.id}/")]
+    made = attention_of(unit, node, node.id, Lines(source))
+    kernels = [] if isinstance(made, NoKernel) else [m.kernel.name.removeprefix(f"{node.id}_") for m in made.all()]
     return {"name": node.id, "line": _place(source, node.span), "queries": node.query, "sources": sources,
-            "keeps": kept}  # fmt: skip
+            "keeps": kept, "kernels": kernels,
+            "no_kernels_because": str(made) if isinstance(made, NoKernel) else ""}  # fmt: skip
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------
@@ -283,6 +289,8 @@ def _render_attention(a: dict[str, Any], whole: bool) -> list[str]:
         mask = f", those that the mask lets be seen  ({s['mask']})" if s["mask"] else ""
         out.append(f"    rows        {rows}{mask}")
         out.append(f"                {_cost_text(s['operations'])} operations for a query and a row")
+    why = a["no_kernels_because"]
+    out.append(f"    on a GPU    {f'PyTorch, tile by tile, as {why}' if why else 'kernels ' + ', '.join(a['kernels'])}")
     if a["keeps"] and not whole:
         kept = ", ".join(f"{k['name']}[{', '.join(k['axes'])}]" for k in a["keeps"])
         out.append(f"    state       {kept} of every token so far")

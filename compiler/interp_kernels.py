@@ -16,13 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkc.backends.triton.kernel import Expr, Kernel, Let, Loop, Statement, Store
+from chunkc.backends.triton.kernel import Expr, If, Kernel, Let, Loop, Statement, Store
 from chunkc.backends.triton.text import parse_expr
 
 INFIX: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod,
     ">>": operator.rshift, "<<": operator.lshift, "&": operator.and_, "|": operator.or_, "^": operator.xor,
-    "<": operator.lt, "<=": operator.le, "==": operator.eq, ">": operator.gt, ">=": operator.ge,
+    "/": operator.truediv, "!=": operator.ne, "<": operator.lt, "<=": operator.le, "==": operator.eq, ">": operator.gt,
+    ">=": operator.ge,
+}  # fmt: skip
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "tl.exp": torch.exp, "tl.log": torch.log, "tl.sqrt": torch.sqrt, "tl.abs": torch.abs, "tl.floor": torch.floor,
+    "tl.sigmoid": torch.sigmoid, "tl.sin": torch.sin, "tl.cos": torch.cos, "tl.erf": torch.erf, "tl.trans": torch.t,
+    "tl.dot": torch.matmul,
 }  # fmt: skip
 
 
@@ -52,12 +60,13 @@ class Pointer:
 
 @dataclass
 class Launch:
-    """A launch: the kernel, programs along each axis of the grid, memory by pointer name, constants by name."""
+    """A launch: the kernel, programs along each axis of the grid, memory by pointer name (lengths are numbers),
+    constants by name."""
 
     kernel: Kernel
     grid: tuple[int, ...]
-    memory: Mapping[str, Tensor]
-    constants: Mapping[str, int]
+    memory: Mapping[str, Tensor | int]
+    constants: Mapping[str, int | float]
     dtype: torch.dtype = torch.float64
     program: tuple[int, ...] = ()
     values: dict[str, Any] = field(default_factory=dict)
@@ -66,7 +75,8 @@ class Launch:
         """Run all programs, one after the other; stores go to memory."""
         for program in itertools.product(*(range(n) for n in self.grid)):
             self.program = program
-            self.values = {name: Pointer(self.memory[name]) for name in self.kernel.arguments}
+            given = {name: self.memory[name] for name in self.kernel.arguments}
+            self.values = {name: Pointer(x) if isinstance(x, Tensor) else x for name, x in given.items()}
             self.values |= self.constants
             self.body(self.kernel.body)
 
@@ -78,6 +88,9 @@ class Launch:
             elif isinstance(s, Loop):
                 for step in range(int(self.value(s.stop))):
                     self.values[s.name] = step
+                    self.body(s.body)
+            elif isinstance(s, If):
+                if bool(self.value(s.cond)):
                     self.body(s.body)
             elif isinstance(s, Store):
                 pointer: Pointer = self.value(s.pointer)
@@ -93,7 +106,9 @@ class Launch:
         if e.op == "tl.broadcast_to":
             return self.value(e.args[0]).broadcast_to(self.shape(e.args[1]))
         if e.op == ".to":
-            return self.value(e.args[0])
+            value = self.value(e.args[0])
+            real = e.args[1].op == "tl.float32" and not torch.as_tensor(value).is_floating_point()
+            return torch.as_tensor(value).to(self.dtype) if real else value
         if e.op == "tl.load":
             return self.load(e)
         args = [self.value(a) for a in e.args]
@@ -106,9 +121,12 @@ class Launch:
     def name(self, op: str) -> Any:
         if op in self.values:
             return self.values[op]
-        if op == 'float("-inf")':
-            return float("-inf")
-        return float(op) if "." in op and not op.startswith("tl.") else int(op) if op.isdigit() else op
+        if op.startswith('float("'):
+            return float(op[7:-2])
+        if op == "True":
+            return True
+        whole = op.removeprefix("-").isdigit()
+        return int(op) if whole else float(op) if "." in op and not op.startswith("tl.") else op
 
     def shape(self, e: Expr) -> list[int]:
         return [int(self.name(x.strip())) for x in e.op.strip("()").split(",") if x.strip()]
@@ -130,14 +148,18 @@ class Launch:
         if e.op == "tl.sum":
             keep = dict(e.keywords).get("keep_dims") == "True"
             return args[0].sum(args[1], keepdim=keep)
-        if e.op in ("tl.where", "tl.maximum"):
+        if e.op in ("tl.max", "tl.min"):
+            return args[0].amax(args[1]) if e.op == "tl.max" else args[0].amin(args[1])
+        if e.op in ("tl.where", "tl.maximum", "tl.minimum"):
             args = [a if isinstance(a, Tensor) else torch.tensor(a, dtype=self.dtype) for a in args]
             if e.op == "tl.where":
                 return torch.where(args[0], args[1], args[2])
-            return torch.maximum(args[0], args[1].to(args[0].dtype))
+            extreme = torch.maximum if e.op == "tl.maximum" else torch.minimum
+            return extreme(args[0], args[1].to(args[0].dtype))
         if e.op == "tl.gather":
             return torch.gather(args[0], args[2], args[1])
         if e.op == "masked_sum":
             return args[0].to(self.dtype) @ args[1]
-        functions: dict[str, Callable[..., Any]] = {"tl.exp": torch.exp, "tl.trans": torch.t, "tl.dot": torch.matmul}
-        return functions[e.op](*args)
+        if e.op == "neg":
+            return -args[0]
+        return FUNCTIONS[e.op](*(torch.as_tensor(a) for a in args))

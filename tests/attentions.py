@@ -40,7 +40,7 @@ OPS = {
     "nothing": masked("s < t and t - s < 0"),
     "alibi": scored("dot[i](q, k) - (t - s) * exp(-h)"),
     "softcap": scored("5 * tanh(dot[i](q, k) / 5)"),
-    "head_bias": scored("dot[i](q, k) + b * (t - s)", "param b[h] = 0"),
+    "head_bias": scored("dot[i](q, k) * size(i)^-0.5 + b * (t - s) / 8", "param b[h] = 0"),
     "offset_bias": scored("dot[i](q, k) + b[o = min(t - s, 7)]", "param b[h, o] = normal(1)"),
     "table_bias": scored("dot[i](q, k) + b[o = x][m = x[t = s] % 3]", "input x[t]: int\n  param b[o, m] = normal(1)"),
     "l1": scored("0 - sum[i](abs(q - k))"),

@@ -55,3 +55,18 @@ def usage(compiled: Any) -> dict[str, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found, text
     return {"registers": int(found[1]), "stack": int(found[2]), "shared": compiled.metadata.shared}
+
+
+def compile_attention(kernel: Any, target: str, size: int = 64) -> Any:
+    """The compiled kernel of an attention for bfloat16 operands, all fixed axes of one size."""
+    tile = {"BQ": 64, "BR": 64, "DOT": tl.bfloat16, "PRECISION": "ieee", "number": size**-0.5}
+    annotated = {p.name for p in kernel.params if p.is_constexpr}
+    constants = {n: tile.get(n, size) for n in kernel.arg_names if n in annotated}
+    types = {"lengths_ptr": "*i64", "places_ptr": "*i64", "ptr": "*fp32"}
+    signature = {}
+    for name in kernel.arg_names:
+        kind = next((t for end, t in types.items() if name.endswith(end)), "i32")
+        signature[name] = "constexpr" if name in constants else kind
+    attrs = {(k,): [["tt.divisibility", 16]] for k, n in enumerate(kernel.arg_names) if n not in constants}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": 4, "num_stages": 1})

@@ -16,6 +16,7 @@ from torch import Tensor
 from chunkc.backends.torch.runtime import Sequences, no_autocast, once, uncast
 
 QUERIES, ROWS = 256, 512  # of a tile
+WIDEST = 256  # columns of a matrix that a kernel keeps
 Number = Tensor | int
 Bounds = tuple[Number, Number]  # the least and the most of a tile: tensors [N, 1], or numbers that are known
 
@@ -60,6 +61,15 @@ class Places:
         """The tokens of one row a sequence back in their rows."""
         return x[:, 0] if self.seq is None else self.seq.unpadded(x)
 
+    def table(self) -> tuple[Tensor, Tensor]:
+        """For kernels: the positions [N, longest], and how many places each sequence has [N]."""
+        if self.seq is None or not self.seq.packed and self.cached is None:
+            lengths = self.at.new_full((self.at.shape[0],), self.at.shape[1])
+        else:
+            lengths = self.seq.offsets.diff()
+            lengths = lengths if self.cached is None or self.start is None else self.start + lengths
+        return self.at.contiguous(), lengths
+
     def tiles(self, size: int) -> list[slice]:
         return [slice(k, min(k + size, self.at.shape[1])) for k in range(0, self.at.shape[1], size)]
 
@@ -84,12 +94,31 @@ class Source:
     read: str
 
 
+Operands = tuple[tuple[Tensor, ...], ...]  # of each source
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What runs an attention on a GPU: `sizes(attention, operands)` gives its compile-time constants by name; `forward`
+    and `backward`, given these too, what those of `Attention` give."""
+
+    sizes: Callable[[Attention, Operands], dict[str, int | float]]
+    forward: Callable[[Attention, Operands, dict[str, Any]], tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., list[list[Tensor | None]]]
+
+    def fit(self, size: dict[str, int | float]) -> bool:
+        """Whether tiles of matrices so wide are kept in a program: else the walk in PyTorch is taken."""
+        return all(n <= WIDEST for name, n in size.items() if name.startswith("BLOCK_"))
+
+
 class Attention:
     """The queries, their sources, and which of the result's axes the weights have."""
 
     def __init__(self, queries: Places, sources: tuple[Source, ...], shape: tuple[int, ...], weighted: str,
                  dtype: torch.dtype) -> None:  # fmt: skip
         self.queries, self.sources, self.shape, self.weighted, self.dtype = queries, sources, shape, weighted, dtype
+        own = [p.seq for p in (queries, *(s.rows for s in sources if s.rows is not None)) if p.seq is not None]
+        self.given = own[0].given if own else dtype  # the type of the inputs
         self.bounds: dict[int, tuple[Bounds, dict[int, Bounds]]] = {}
         self.heads = tuple(n for n, w in zip(shape, weighted) if w == "w")
 
@@ -149,7 +178,7 @@ class Attention:
             mask = inside if mask is None else mask & inside
         return logit if mask is None else logit.masked_fill(~mask, -math.inf), value
 
-    def forward(self, operands: tuple[tuple[Tensor, ...], ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
         """The result [N, queries, *O]; the largest logit [N, queries, *L], and the logarithm of the sum of weights
         relative to it: infinite where no row is seen. Together in one number they would lose the digits of weights."""
         like = torch.empty((), dtype=self.dtype, device=self.queries.at.device)
@@ -179,7 +208,7 @@ class Attention:
             logs[:, part] = total.log().masked_fill(empty, math.inf)
         return out, top, logs
 
-    def backward(self, operands: tuple[tuple[Tensor, ...], ...], out: Tensor, top: Tensor, logs: Tensor,
+    def backward(self, operands: Operands, out: Tensor, top: Tensor, logs: Tensor,
                  d_out: Tensor) -> list[list[Tensor | None]]:  # fmt: skip
         """The gradients of all operands, added up over tiles."""
         found = [[torch.zeros_like(x) if x.is_floating_point() else None for x in ops] for ops in operands]
@@ -234,10 +263,12 @@ class Attend(torch.autograd.Function):
     """An attention; its backward computes each tile again from the operands and the logarithms of the sums."""
 
     @staticmethod
-    def forward(ctx: Any, attention: Attention, *flat: Tensor) -> Tensor:
+    def forward(ctx: Any, attention: Attention, kernels: Kernels | None, *flat: Tensor) -> Tensor:
         operands = _grouped(attention, flat)
-        out, top, logs = attention.forward(operands)
-        ctx.attention = attention
+        size = {} if kernels is None else kernels.sizes(attention, operands)
+        kernels = kernels if kernels is not None and kernels.fit(size) else None
+        out, top, logs = attention.forward(operands) if kernels is None else kernels.forward(attention, operands, size)
+        ctx.attention, ctx.kernels, ctx.size = attention, kernels, size
         ctx.save_for_backward(out, top, logs, *flat)
         return out
 
@@ -247,11 +278,14 @@ class Attend(torch.autograd.Function):
         once()
         out, top, logs, *flat = ctx.saved_tensors
         operands = _grouped(ctx.attention, tuple(flat))
-        found = ctx.attention.backward(operands, out, top, logs, d_out)
-        return None, *(d for grads in found for d in grads)
+        if ctx.kernels is None:
+            found = ctx.attention.backward(operands, out, top, logs, d_out)
+        else:
+            found = ctx.kernels.backward(ctx.attention, operands, ctx.size, out, top, logs, d_out)
+        return None, None, *(d for grads in found for d in grads)
 
 
-def _grouped(attention: Attention, flat: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
+def _grouped(attention: Attention, flat: tuple[Tensor, ...]) -> Operands:
     given = iter(flat)
     return tuple(tuple(next(given) for _ in source.operands) for source in attention.sources)
 
@@ -261,17 +295,16 @@ def wide(x: Tensor, dims: int) -> Tensor:
     return x[(None,) * (dims - x.dim())]
 
 
-def attend(
-    queries: Places, sources: tuple[Source, ...], shape: tuple[int, ...], weighted: str, dtype: torch.dtype
-) -> Tensor:
+def attend(queries: Places, sources: tuple[Source, ...], shape: tuple[int, ...], weighted: str, dtype: torch.dtype,
+           kernels: Kernels | None = None) -> Tensor:  # fmt: skip
     """The softmax over the rows of all sources, times their values: [B, T, *O], for one query a sequence [N, *O].
 
-    `shape` is O's; `weighted` has a w for each of its axes that weights have, else a dot."""
+    `shape` is O's; `weighted` has a w for each of its axes that weights have, else a dot. `kernels` run it, if any."""
     attention = Attention(queries, sources, shape, weighted, dtype)
     flat: list[Tensor] = []
     for x in (x for source in sources for x in source.operands):
         x = x.to(dtype) if x.is_floating_point() else x
         flat.append(x.view_as(x) if any(x is y for y in flat) else x)  # torch.compile wants each once
     with no_autocast(queries.at.device):
-        out: Tensor = Attend.apply(attention, *flat)  # type: ignore[no-untyped-call]
+        out: Tensor = Attend.apply(attention, kernels, *flat)  # type: ignore[no-untyped-call]
     return queries.unlay(out)

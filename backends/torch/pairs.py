@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import textwrap
-from dataclasses import dataclass
 
-from chunkc.backends.attend import Form, Tile
+from chunkc.backends.attend import Bounds, Form, Seen, Tile
 from chunkc.backends.body import Body
 from chunkc.backends.layout import EACH, NOWHERE, held
 from chunkc.backends.writer import Lines, Writer, identifier, is_name
@@ -108,75 +107,15 @@ class Pairs(Body):
 
     # -- tiles that are seen -----------------------------------------------------------------------------------------
 
-    def holds(self, id_: str, may: bool) -> str:
-        """The text of whether a mask may hold of some pair of two tiles, or else must of all, by the bounds of what it
-        compares; `True` or `False` where nothing is known."""
-        node, unknown = self.graph[id_], str(may)
-        if isinstance(node, N.Input):
-            return f"({self.names[id_]}[{int(may)}] > 0)"
-        if not isinstance(node, N.Map):
-            return unknown
-        if node.fn == "as":
-            return self.holds(node.args[0], may)
-        if node.fn == "not":
-            inner = self.holds(node.args[0], not may)
-            return {"True": "False", "False": "True"}.get(inner, f"({inner} ^ True)")
-        if node.fn in ("and", "or"):
-            idle, final = ("True", "False") if node.fn == "and" else ("False", "True")
-            parts = [x for x in (self.holds(a, may) for a in node.args) if x != idle]
-            if final in parts or not parts:
-                return final if parts else idle
-            return f"({(' & ' if node.fn == 'and' else ' | ').join(parts)})" if len(parts) > 1 else parts[0]
-        if node.fn not in ("<", "<=", ">", ">=", "==", "!="):
-            return unknown
-        left, right = (self.bounds(a) for a in node.args)
-        return unknown if left is None or right is None else compared(node.fn, left, right, may)
+    def seen(self, mask: str) -> str:
+        """The text of whether a mask may hold of some pair of two tiles."""
+        return Seen(self.graph, self.leaf, lambda n: n.size.text(9, self.known()), "larger").holds(mask)  # type: ignore[arg-type]
 
-    def bounds(self, id_: str) -> Bounds | None:
-        """The texts of the least and the most of a tile; None where they are not known."""
-        node = self.graph[id_]
-        if isinstance(node, N.Const):
-            text = node.size.text(9, self.known())  # type: ignore[arg-type]
-            return Bounds(text, text)
-        if isinstance(node, N.Input) and node.dtype != "bool" or self.is_place(node):
-            text = self.names.get(id_) or self.expression(self.graph, node)[0]
-            return Bounds(f"{text}[0]", f"{text}[1]")
-        if not isinstance(node, N.Map) or node.fn not in ("+", "-", "neg", "as", "abs") or len(node.args) > 2:
+    def leaf(self, node: N.AnyNode) -> Bounds | None:
+        if not (isinstance(node, N.Input) or self.is_place(node)):
             return None
-        parts = [b for a in node.args if (b := self.bounds(a)) is not None]
-        if len(parts) < len(node.args):
-            return None
-        if node.fn == "as":
-            return parts[0]
-        if node.fn == "abs":
-            least, most = parts[0].least, parts[0].most
-            return Bounds(f"larger(larger({least}, -{most}), 0)", f"larger(-{least}, {most})")
-        if node.fn == "neg":
-            return Bounds(f"(-{parts[0].most})", f"(-{parts[0].least})")
-        a, b = parts
-        if node.fn == "+":
-            return Bounds(f"({a.least} + {b.least})", f"({a.most} + {b.most})")
-        return Bounds(f"({a.least} - {b.most})", f"({a.most} - {b.least})")
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Texts of the least and the most value of a tile."""
-
-    least: str
-    most: str
-
-
-def compared(fn: str, a: Bounds, b: Bounds, may: bool) -> str:
-    """Whether a comparison may hold of some values, or must of all."""
-    if fn in (">", ">="):
-        return compared({">": "<", ">=": "<="}[fn], b, a, may)
-    if fn in ("<", "<="):
-        return f"({a.least} {fn} {b.most})" if may else f"({a.most} {fn} {b.least})"
-    apart = f"(({a.most} < {b.least}) | ({b.most} < {a.least}))"
-    if fn == "==":
-        return f"({apart} ^ True)" if may else f"(({a.least} == {b.most}) & ({a.most} == {b.least}))"
-    return f"(({a.least} != {b.most}) | ({a.most} != {b.least}))" if may else apart
+        text = self.names.get(node.id) or self.expression(self.graph, node)[0]
+        return Bounds(f"{text}[0]", f"{text}[1]")
 
 
 def attentions(unit: Unit, prefix: str, lines: Lines) -> dict[str, list[Tile]]:
@@ -205,7 +144,7 @@ def _tile(unit: Unit, form: Form, source: N.Source, name: str, lines: Lines) -> 
     seen = "True"
     if source.mask is not None:
         third = Pairs(unit, source.scores, form, source, lines)
-        seen = third.holds(dict(source.scores.outputs)["mask"], may=True)
+        seen = third.seen(dict(source.scores.outputs)["mask"])
     if seen not in ("True", "False"):
         bodies["seen"] = [], seen
     everything = "\n".join(x for body, result in bodies.values() for x in [*body, result])

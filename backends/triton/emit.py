@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from chunkc.backends.attend import Form, Tile
+from chunkc.backends.body import Body
 from chunkc.backends.scan import Operand, ScanForm, scan_form
+from chunkc.backends.triton.attend import Kernels, attention_kernels
 from chunkc.backends.triton.kernel import Kernel
+from chunkc.backends.triton.launch import emit_attention
+from chunkc.backends.triton.pairs import NoKernel
 from chunkc.backends.triton.schedule import SideKernel, SidePlan, pass_kernel
 from chunkc.backends.triton.vector import step_kernel, vector_kernel
 from chunkc.backends.triton.verify import verify_kernel
-from chunkc.backends.writer import Lines, Writer
+from chunkc.backends.writer import Lines, Writer, identifier
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
 from chunkc.ir.diagnostics import SourceFile
@@ -69,7 +76,7 @@ def prefix_of(unit: Unit, units: tuple[Unit, ...]) -> str:
 
 
 def print_kernels(unit: Unit, source: SourceFile) -> str:
-    """The text of the level `tiled`: the kernels of each matrix scan of a unit."""
+    """The text of the level `tiled`: the kernels of each matrix scan and of each attention of a unit."""
     lines, w = Lines(source), Writer()
     for scan in unit.graph.of_kind(N.Scan):
         if scan.i or scan.j:
@@ -77,14 +84,34 @@ def print_kernels(unit: Unit, source: SourceFile) -> str:
             for kernel in kernels_of(form, lines, spans_of(unit, lines)).values():
                 kernel.print(w)
                 w()
+    for node in unit.graph.of_kind(N.Attend):
+        found = attention_of(unit, node, identifier(node.id), lines)
+        for made in () if isinstance(found, NoKernel) else found.all():
+            made.kernel.print(w)
+            w()
     return w.text()
 
 
-def emit_kernels(units: tuple[Unit, ...], lines: Lines) -> str:
-    """`_kernels.py` of a package."""
+def attention_of(unit: Unit, node: N.Attend, name: str, lines: Lines) -> Kernels | NoKernel:
+    """An attention's kernels, or why it has none."""
+    try:
+        kernels = attention_kernels(Form(Body(unit, lines, Writer(), ""), node), name, lines)
+    except NoKernel as reason:
+        return reason
+    for made in kernels.all():
+        verify_kernel(made.kernel)
+    return kernels
+
+
+def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapping[str, list[Tile]]]) -> str:
+    """`_kernels.py` of a package; `tiles` are the functions of each unit's attentions."""
     w = Writer()
+    attends = [(u, n) for u in units for n in u.graph.of_kind(N.Attend)]
     w("from __future__ import annotations")
     w()
+    if attends:
+        w("import math")
+        w("from functools import partial")
     w("from typing import Any")
     w()
     w("import torch")
@@ -93,6 +120,8 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines) -> str:
     w("from torch import Tensor")
     w()
     w("from . import _runtime")
+    if attends:
+        w("from ._attend import Attention, Kernels, attend")
     w("from ._runtime import LOG_SMALL, TILE, Sequences, log_gate, once, uncast")
     w()
     w("LEVELS = TILE.bit_length() - 1  # halvings of a tile down to single tokens")
@@ -107,15 +136,51 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines) -> str:
         if scan.i or scan.j:
             form = scan_form(scan, {n.id: n.axes for n in unit.graph.nodes}, prefix_of(unit, units))
             _scan(form, kernels_of(form, lines, spans_of(unit, lines)), lines, w)
+    if attends:
+        _attention_settings(w)
+    for unit, node in attends:
+        _attention(unit, node, prefix_of(unit, units), tiles[unit.name][node.id], lines, w)
     return w.text()
 
 
+def _attention_settings(w: Writer) -> None:
+    w()
+    w()
+    with w.indented("def block(size: int) -> int:"):
+        w('"""Columns of a matrix that is over all of an axis."""')
+        w("return max(BLOCK, triton.next_power_of_2(size))")
+    w()
+    w()
+    with w.indented("def tile(size: dict[str, Any], types: dict[str, Any]) -> tuple[int, int, int]:"):
+        w('"""Queries and rows of a tile, and the warps of a program, so that its matrices stay on chip."""')
+        w('widest = max(n for name, n in size.items() if name.startswith("BLOCK_"))')
+        with w.indented('if types["DOT"] == tl.bfloat16:'):
+            w("return (64, 64, 4) if widest <= 64 else (128, 64, 8) if widest <= 128 else (32, 64, 8)")
+        w("return (32, 32, 4) if widest <= 128 else (16, 32, 8)")
+    w()
+    w()
+    with w.indented("def factor(x: Tensor, types: dict[str, Any]) -> Tensor:"):
+        w('"""An operand of products in the type that they take."""')
+        w('return x.to(torch.bfloat16) if types["DOT"] == tl.bfloat16 else x')
+
+
+def _attention(unit: Unit, node: N.Attend, prefix: str, tiles: list[Tile], lines: Lines, w: Writer) -> None:
+    name = f"{prefix}{identifier(node.id)}"
+    found = attention_of(unit, node, name, lines)
+    if isinstance(found, NoKernel):
+        w()
+        w()
+        w(f"attend_{name} = attend  # no kernels, as {found} ({lines.place(node.span)})")
+    else:
+        emit_attention(found, tiles, name, lines, w)
+
+
 def _settings(w: Writer) -> None:
-    with w.indented("def _types(seq: Sequences) -> dict[str, Any]:"):
+    with w.indented("def types_of(given: torch.dtype) -> dict[str, Any]:"):
         w('"""The operand type of products, their precision, and whether gates are summed in two halves."""')
-        with w.indented("if seq.given == torch.float32 or _runtime.interpreted():"):
+        with w.indented("if given == torch.float32 or _runtime.interpreted():"):
             w('return {"DOT": tl.float32, "PRECISION": "ieee", "SPLIT": False}')
-        with w.indented("if seq.given == torch.float16:  # the range of float16 is too small for states and scores"):
+        with w.indented("if given == torch.float16:  # the range of float16 is too small for states and scores"):
             w('return {"DOT": tl.float32, "PRECISION": "ieee" if torch.version.hip else "tf32", "SPLIT": True}')
         w('return {"DOT": tl.bfloat16, "PRECISION": "ieee", "SPLIT": True}')
     w()
@@ -217,7 +282,7 @@ def _prepare(form: ScanForm, w: Writer) -> None:
     """Sizes, tiles, and the logarithms of gates that are none."""
     i, j = form.writes[0]
     w("start, stop, first, count = seq.tile_table()")
-    w("types = _types(seq)")
+    w("types = types_of(seq.given)")
     w(f"tiles, H, I, J = start.numel(), {i.name}.shape[2], {i.name}.shape[3], {j.name}.shape[3]")
     for g in form.gates:
         if g.raw:

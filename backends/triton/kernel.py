@@ -11,18 +11,26 @@ from dataclasses import dataclass, field
 
 from chunkc.backends.writer import Writer
 
-RANKS = {"|": 1, "^": 2, "&": 3, "<": 0, "<=": 0, "==": 0, ">": 0, ">=": 0, ">>": 4, "<<": 4, "+": 5, "-": 5,
-         "*": 6, "//": 6, "%": 6}  # fmt: skip
+RANKS = {"|": 1, "^": 2, "&": 3, "<": 0, "<=": 0, "==": 0, "!=": 0, ">": 0, ">=": 0, ">>": 4, "<<": 4, "+": 5,
+         "-": 5, "*": 6, "/": 6, "//": 6, "%": 6}  # fmt: skip
 
 
-# What a loop may run over, by its number of steps.
+# What a loop may run over, by its number of steps; a size of the spec is one too.
 OVER = {
     "count": "tiles",
     "LEVELS": "levels",
     "tl.cdiv(I, BI)": "blocks of side i",
     "tl.cdiv(J, BJ)": "blocks of side j",
 }
-CONSTANTS = ("H", "I", "J", "D", "C", "LEVELS", "BI", "BJ", "BD", "DOT", "PRECISION", "SPLIT")
+TILES = re.compile(r"tl\.cdiv\(length\w*, B([QR])\)")
+CONSTANTS = ("H", "I", "J", "D", "C", "LEVELS", "BI", "BJ", "BD", "BQ", "BR", "DOT", "PRECISION", "SPLIT")
+
+
+def over(stop: str, sizes: tuple[str, ...]) -> str:
+    """What a loop with so many steps runs over; empty if it is nothing that a loop may run over."""
+    if found := TILES.fullmatch(stop):
+        return "tiles of queries" if found[1] == "Q" else "tiles of rows"
+    return OVER.get(stop, f"axis {stop}" if stop in sizes else "")
 
 
 @dataclass(frozen=True)
@@ -34,17 +42,19 @@ class Expr:
     keywords: tuple[tuple[str, str], ...] = ()
 
     def text(self, outer: int = -1) -> str:
+        if not self.args and not self.keywords:
+            return self.op
         if self.op == "index":
             return f"{self.args[0].text(9)}[{self.keywords[0][1]}]"
         if self.op == ".to":
             return f"{self.args[0].text(9)}.to({self.args[1].text()})"
         if self.op in RANKS and len(self.args) == 2:
             rank = RANKS[self.op]
-            right = rank if self.op in "+*&|" else rank + 1
+            right = rank if self.op in "+*&|" and self.args[1].op == self.op else rank + 1
             text = f"{self.args[0].text(rank)} {self.op} {self.args[1].text(max(right, 1))}"
             return f"({text})" if rank < outer or rank == 0 and outer >= 0 else text
-        if not self.args and not self.keywords:
-            return self.op
+        if self.op == "neg":
+            return f"-{self.args[0].text(8)}" if outer <= 7 else f"(-{self.args[0].text(8)})"
         inner = [a.text() for a in self.args] + [f"{k}={v}" for k, v in self.keywords]
         return f"{self.op}({', '.join(inner)})"
 
@@ -64,6 +74,12 @@ class Expr:
     def __mul__(self, other: Value) -> Expr:
         return self._infix("*", other)
 
+    def __truediv__(self, other: Value) -> Expr:
+        return self._infix("/", other)
+
+    def __neg__(self) -> Expr:
+        return Expr("neg", (self,))
+
     def __floordiv__(self, other: Value) -> Expr:
         return self._infix("//", other)
 
@@ -76,6 +92,18 @@ class Expr:
     def __and__(self, other: Value) -> Expr:
         return self._infix("&", other)
 
+    def __or__(self, other: Value) -> Expr:
+        return self._infix("|", other)
+
+    def __xor__(self, other: Value) -> Expr:
+        return self._infix("^", other)
+
+    def __le__(self, other: Value) -> Expr:
+        return self._infix("<=", other)
+
+    def __ge__(self, other: Value) -> Expr:
+        return self._infix(">=", other)
+
     def __lt__(self, other: Value) -> Expr:
         return self._infix("<", other)
 
@@ -84,6 +112,9 @@ class Expr:
 
     def same(self, other: Value) -> Expr:
         return self._infix("==", other)
+
+    def differs(self, other: Value) -> Expr:
+        return self._infix("!=", other)
 
     def to(self, dtype: str) -> Expr:
         """The value in another element type."""
@@ -118,6 +149,10 @@ def call(fn: str, *args: Value, **keywords: str) -> Expr:
 
 def where(cond: Expr, a: Value, b: Value) -> Expr:
     return call("tl.where", cond, a, b)
+
+
+def maximum(a: Value, b: Value) -> Expr:
+    return call("tl.maximum", a, b)
 
 
 def exp(x: Expr) -> Expr:
@@ -166,24 +201,36 @@ class Loop:
 
 
 @dataclass(frozen=True)
+class If:
+    """if cond: of a scalar that is the same for the whole program."""
+
+    cond: Expr
+    body: tuple[Statement, ...]
+
+
+@dataclass(frozen=True)
 class Note:
     text: str
 
 
-Statement = Let | Store | Loop | Note
+Statement = Let | Store | Loop | If | Note
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel: pointer arguments, statements, and the warps of a program.
+    """A kernel: pointers and lengths as arguments, statements, and the warps of a program.
 
-    Warps are chosen so that nothing spills on sm_90 at I = J = 128 in bfloat16; a test compiles them."""
+    `sizes` are compile-time constants that the spec names, beside `CONSTANTS`; `ends` says by which each range of
+    theirs is bounded. Warps are chosen so that nothing spills on sm_90 at I = J = 128 in bfloat16; a test compiles
+    them."""
 
     name: str
     doc: str
     arguments: tuple[str, ...]
     body: tuple[Statement, ...]
     warps: int = field(default=4, compare=False)  # of a launch, not of the text
+    sizes: tuple[str, ...] = ()
+    ends: tuple[tuple[str, str], ...] = field(default=(), compare=False)  # for checking alone
 
     @property
     def constants(self) -> tuple[str, ...]:
@@ -191,13 +238,13 @@ class Kernel:
         w = Writer()
         _print_body(self.body, w)
         words = set(re.findall(r"\w+", w.text()))
-        return tuple(c for c in CONSTANTS if c in words)
+        return tuple(c for c in (*self.sizes, *CONSTANTS) if c in words)
 
     def statements(self) -> Iterator[Statement]:
         def walk(body: tuple[Statement, ...]) -> Iterator[Statement]:
             for s in body:
                 yield s
-                if isinstance(s, Loop):
+                if isinstance(s, Loop | If):
                     yield from walk(s.body)
 
         return walk(self.body)
@@ -211,6 +258,8 @@ class Kernel:
                 yield from s.value.walk()
             elif isinstance(s, Loop):
                 yield from s.stop.walk()
+            elif isinstance(s, If):
+                yield from s.cond.walk()
 
     def print(self, w: Writer) -> None:
         w("@triton.jit")
@@ -237,6 +286,9 @@ def _print_body(body: tuple[Statement, ...], w: Writer) -> None:
         elif isinstance(s, Store):
             mask = f", mask={s.mask.text()}" if s.mask is not None else ""
             w(f"tl.store({s.pointer.text()}, {s.value.text()}{mask})")
+        elif isinstance(s, If):
+            with w.indented(f"if {s.cond.text()}:"):
+                _print_body(s.body, w)
         else:
             with w.indented(f"for {s.name} in range({s.stop.text()}):"):
                 _print_body(s.body, w)

@@ -8,12 +8,25 @@ import re
 import tokenize
 from functools import cache
 
-from chunkc.backends.triton.kernel import OVER, RANKS, Expr, Kernel, Let, Loop, Note, Statement, Store, lift
+from chunkc.backends.triton.kernel import (
+    CONSTANTS,
+    RANKS,
+    Expr,
+    If,
+    Kernel,
+    Let,
+    Loop,
+    Note,
+    Statement,
+    Store,
+    lift,
+    over,
+)
 
 OPERATORS = {
     ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod: "%", ast.RShift: ">>", ast.LShift: "<<",
     ast.BitAnd: "&", ast.BitOr: "|", ast.BitXor: "^", ast.Lt: "<", ast.LtE: "<=", ast.Eq: "==", ast.Gt: ">",
-    ast.GtE: ">=",
+    ast.GtE: ">=", ast.NotEq: "!=", ast.Div: "/",
 }  # fmt: skip
 assert set(OPERATORS.values()) == set(RANKS)
 
@@ -40,6 +53,7 @@ def parse_expr(text: str) -> Expr:
 class _Reader:
     def __init__(self, text: str) -> None:
         self.text = text
+        self.sizes: tuple[str, ...] = ()
         self.comments = {
             token.start[0]: (token.string.removeprefix("#").strip(), not token.line[: token.start[1]].strip())
             for token in tokenize.generate_tokens(io.StringIO(text).readline)
@@ -48,9 +62,11 @@ class _Reader:
 
     def kernel(self, node: ast.FunctionDef) -> Kernel:
         arguments = tuple(a.arg for a in node.args.args if a.annotation is None)
-        body = node.body[1:]
-        last = self.body(body, node.body[0].end_lineno or 0)
-        return Kernel(node.name, ast.get_docstring(node, clean=False) or "", arguments, last)
+        constants = (a.arg for a in node.args.args if a.annotation is not None)
+        self.sizes = tuple(c for c in constants if c not in CONSTANTS)
+        last = self.body(node.body[1:], node.body[0].end_lineno or 0)
+        doc = ast.get_docstring(node, clean=False) or ""
+        return Kernel(node.name, doc, arguments, last, sizes=self.sizes)
 
     def body(self, nodes: list[ast.stmt], line: int) -> tuple[Statement, ...]:
         """Statements, with the comments on lines of their own before them."""
@@ -72,9 +88,11 @@ class _Reader:
             return Let(node.target.id, self.expr(node.value), add=True, note=note)
         if isinstance(node, ast.For) and isinstance(node.target, ast.Name) and isinstance(node.iter, ast.Call):
             stop = self.expr(node.iter.args[0])
-            if stop.text() not in OVER:
+            if not (what := over(stop.text(), self.sizes)):
                 raise ValueError(f"line {node.lineno}: a loop over {stop.text()}")
-            return Loop(node.target.id, stop, OVER[stop.text()], self.body(node.body, node.lineno))
+            return Loop(node.target.id, stop, what, self.body(node.body, node.lineno))
+        if isinstance(node, ast.If) and not node.orelse:
+            return If(self.expr(node.test), self.body(node.body, node.lineno))
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             call = node.value
             if ast.unparse(call.func) == "tl.store":
@@ -99,6 +117,8 @@ class _Reader:
             return Expr(ast.unparse(node.func), tuple(self.expr(a) for a in node.args), keywords)
         if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):  # a number below 0
             return lift(self.source(node))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return Expr("neg", (self.expr(node.operand),))
         if isinstance(node, ast.Constant | ast.Name | ast.Attribute | ast.Tuple | ast.Call):
             return lift(re.sub(r"\s+", " ", self.source(node)))
         raise ValueError(f"line {node.lineno}: no expression of a kernel")

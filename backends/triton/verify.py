@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from chunkc.backends.triton.kernel import CONSTANTS, OVER, RANKS, Expr, Kernel, Let, Loop, Note, Statement, Store
+from chunkc.backends.triton.kernel import CONSTANTS, RANKS, Expr, If, Kernel, Let, Loop, Note, Statement, Store, over
 from chunkc.backends.triton.text import parse_expr
 
 Shape = tuple[str, ...]
-ELEMENTWISE = ("tl.where", "tl.maximum", "tl.exp")
+ELEMENTWISE = (
+    "tl.where", "tl.maximum", "tl.minimum", "tl.exp", "tl.log", "tl.sqrt", "tl.abs", "tl.floor", "tl.sigmoid", "tl.sin",
+    "tl.cos", "tl.erf", "neg",
+)  # fmt: skip
+LENGTHS = ("queries", "rows")  # arguments that are numbers: how many places there are for a sequence
 BOUNDS = {"row": "stop", "col_i": "I", "col_j": "J", "col": "D"}  # where ranges end: with a sequence, with a side
 
 
@@ -39,15 +43,18 @@ def verify_kernel(kernel: Kernel) -> None:
         KernelError: a rule does not hold.
     """
     for name in kernel.arguments:
-        if not name.endswith("_ptr"):
+        if not name.endswith("_ptr") and not name.startswith(LENGTHS):
             raise KernelError(f"{kernel.name}: argument '{name}' is no pointer")
-    known = {name: Known(pointer=name in kernel.arguments) for name in (*kernel.arguments, *CONSTANTS)}
-    _Walk(kernel.name).body(kernel.body, known)
+    names = (*kernel.arguments, *kernel.sizes, *CONSTANTS)
+    known = {name: Known(pointer=name.endswith("_ptr")) for name in names}
+    _Walk(kernel.name, kernel.sizes, {**BOUNDS, **dict(kernel.ends)}).body(kernel.body, known)
 
 
 @dataclass
 class _Walk:
     kernel: str
+    sizes: tuple[str, ...]
+    ends: dict[str, str]
     where: str = ""
     loops: list[str] = field(default_factory=list)
 
@@ -66,6 +73,12 @@ class _Walk:
                 self.masked(pointer, s.mask, known)
             elif isinstance(s, Loop):
                 self.loop(s, known)
+            elif isinstance(s, If):
+                self.where = f"if {s.cond.text()}"
+                self.same(self.value(s.cond, known).shape, ())
+                self.loops.append("if")  # what is first defined inside does not exist behind it
+                self.body(s.body, {**known})
+                self.loops.pop()
             else:
                 assert isinstance(s, Note)
 
@@ -85,7 +98,7 @@ class _Walk:
     def loop(self, s: Loop, known: dict[str, Known]) -> None:
         """A loop over tiles, levels or blocks. What is first defined inside does not exist behind it."""
         self.where = f"for {s.name} in range({s.stop.text()})"
-        if OVER.get(s.stop.text()) != s.over:
+        if over(s.stop.text(), self.sizes) != s.over:
             raise self.fail(f"it runs over {s.over}")
         self.same(self.value(s.stop, known).shape, ())
         inner = {**known, s.name: Known()}
@@ -144,7 +157,9 @@ class _Walk:
                 raise self.fail("an offset is added to a pointer, and nothing else is done with one")
             return Known(out.shape, out.ranges, pointer=True)
         if e.op == "<":
-            return Known(out.shape, out.ranges, frozenset(r for r in args[0].ranges if BOUNDS.get(r) == e.args[1].op))
+            return Known(
+                out.shape, out.ranges, frozenset(r for r in args[0].ranges if self.ends.get(r) == e.args[1].op)
+            )
         if e.op == "&":
             return Known(out.shape, out.ranges, args[0].bounded | args[1].bounded)
         return out
@@ -152,7 +167,7 @@ class _Walk:
     def name(self, op: str, known: dict[str, Known]) -> Known:
         if op in known:
             return known[op]
-        if op.removeprefix("-")[0].isdigit() or op in ("True", 'float("-inf")') or op.startswith("("):
+        if op.removeprefix("-")[0].isdigit() or op in ("True", 'float("-inf")', 'float("inf")') or op.startswith("("):
             return Known()
         raise self.fail(f"'{op}' is not defined")
 
@@ -174,7 +189,7 @@ class _Walk:
             mask = parse_expr(keywords["mask"]) if "mask" in keywords else None
             self.masked(args[0], mask, known)
             return Known(args[0].shape)
-        if e.op == "tl.sum":
+        if e.op in ("tl.sum", "tl.max", "tl.min"):
             return self.sum(e, args[0], keywords)
         if e.op == "tl.gather":
             self.same(args[1].shape, args[0].shape)
