@@ -22,7 +22,7 @@ from chunkc.backends.writer import Writer
 from chunkc.interp_kernels import Launch
 from chunkc.ir.graph import Unit
 
-WITHOUT = {"offset_bias", "table_bias", "of_queries", "relative"}
+WITHOUT = {"of_queries", "relative"}
 KERNELS = [name for name in attentions.OPS if name not in WITHOUT]
 PACKED = [3, 0, 1, 14]
 
@@ -117,6 +117,6 @@ def test_compiles_for_gpus(built: Any, name: str, kernel: str, target: str) -> N
 
 
 def test_where_an_attention_has_no_kernels_the_package_says_why(tmp_path: Path) -> None:
-    module, _, _ = emit(attentions.OPS["offset_bias"], tmp_path, "attends.spec")
+    module, _, _ = emit(attentions.OPS["relative"], tmp_path, "attends.spec")
     text = (Path(module.__file__ or "").parent / "_kernels.py").read_text()
-    assert "attend_y = attend  # no kernels, as a table that it reads by pairs has a gradient (attends.spec:5)" in text
+    assert "attend_y = attend  # no kernels, as its values differ from pair to pair (attends.spec:5)" in text

@@ -6,7 +6,7 @@ backward, from the largest logit of each query and the logarithm of its sum of w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from chunkc.backends.attend import Bounds, Form, Seen
 from chunkc.backends.triton.kernel import (
@@ -47,13 +47,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Term:
-    """Part of an operand's gradient: the value over pairs that a kernel sums, and the steps from there."""
+    """Part of an operand's gradient: the value over pairs that a kernel sums, and the steps from there.
+
+    Of a table that is read at `index` along `axis`, each of its places has the sum of the pairs that read it."""
 
     core: str
     steps: tuple[Step, ...] = ()
+    axis: str = ""
+    index: str = ""
 
     def then(self, step: Step) -> Term:
-        return Term(self.core, (*self.steps, step))
+        return replace(self, steps=(*self.steps, step))
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,14 @@ def _split(graph: Graph, id_: str) -> list[Term]:
         inner = [Term(node.arg)] if len(axes) < len(node.over) else _split(graph, node.arg)
         return [t.then(Step("sum", axes)) for t in inner] if axes else inner
     if isinstance(node, N.Scatter):
-        raise NoKernel("a table that it reads by pairs has a gradient")
+        return [_read(graph, t, node) for t in _split(graph, node.arg)]
     return [Term(id_)]
+
+
+def _read(graph: Graph, term: Term, node: N.Scatter) -> Term:
+    if term.axis:
+        raise NoKernel("a table that it reads by pairs has two computed indices")
+    return replace(term, axis=node.axis, index=node.index)
 
 
 def _of_pairs(graph: Graph, id_: str) -> bool:
@@ -454,10 +464,9 @@ class _Writer:
         core, source = pairs.graph[term.core], self.form.node.sources[k]
         side = self.form.side(source, name)
         from_value = isinstance(core, N.Input) and core.id not in pairs.given
-        own = [self.last] if from_value else [
-            a for a in core.axes if a not in self.axes and not pairs.graph.axis[a].is_sequence
-        ]  # fmt: skip
-        if len(own) > 1:
+        own = [a for a in core.axes if a not in self.axes and not pairs.graph.axis[a].is_sequence]
+        own = [self.last] if from_value else [*own, *([term.axis] if term.axis else [])]
+        if len(own) > 1 or term.axis and from_value:
             raise NoKernel(f"the gradient of {name} has more than one axis of its own")
         pointer = self.scope.fresh(f"d_{self.names[name]}")
         self.made.append(Gradient(k, name, side, (*self.axes, *own), term.steps, pointer))
@@ -476,10 +485,10 @@ class _Writer:
         elif along is None:
             tile = full(pairs.value(core.id, frame), frame)
             self.updates(frame).add(total, call("tl.sum", tile, 0 if side == "r" else 1))
-        elif (product := self.product(pairs, core.id, frame, along, side)) is not None:
+        elif not term.index and (product := self.product(pairs, core.id, frame, along, side)) is not None:
             self.updates(frame).add(total, product)
         else:
-            self.each(pairs, core.id, frame, along, side, total)
+            self.each(pairs, term, frame, along, side, total)
 
     def product(self, pairs: Pairs, core: str, frame: Frame, along: Range, side: str) -> Expr | None:
         """A term with an axis of its own as a product of matrices; None if it is none."""
@@ -505,12 +514,17 @@ class _Writer:
             out = out * pairs.plain(id_, by_row).expr
         return out
 
-    def each(self, pairs: Pairs, core: str, frame: Frame, along: Range, side: str, total: Expr) -> None:
+    def each(self, pairs: Pairs, term: Term, frame: Frame, along: Range, side: str, total: Expr) -> None:
         """A term with an axis of its own, index by index."""
         around = Part(total, moves=frame.cols is not None)
+        read = pairs.value(term.index, frame).expr if term.index else None
+        outer = full(pairs.value(term.core, frame), frame) if term.index else None
         with self.scope.loop(along.axis, around) as index:
-            inner = frame.put(along.axis, Part(index, loops=frozenset({index.op})))
-            tile = full(pairs.value(core, inner), frame)
+            if read is not None and outer is not None:
+                tile = where(read.same(index), outer, 0.0)
+            else:
+                inner = frame.put(along.axis, Part(index, loops=frozenset({index.op})))
+                tile = full(pairs.value(term.core, inner), frame)
             column = call("tl.sum", tile, 0 if side == "r" else 1)
             self.scope.deep[-1][1].add(total, where(Expr(along.index).same(index).cols, column.rows, 0.0))
 
