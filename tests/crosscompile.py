@@ -62,7 +62,7 @@ def compile_attention(kernel: Any, target: str, size: int = 64) -> Any:
     tile = {"BQ": 64, "BR": 64, "DOT": tl.bfloat16, "PRECISION": "ieee", "number": size**-0.5}
     annotated = {p.name for p in kernel.params if p.is_constexpr}
     constants = {n: tile.get(n, size) for n in kernel.arg_names if n in annotated}
-    types = {"lengths_ptr": "*i64", "places_ptr": "*i64", "ptr": "*fp32"}
+    types = {"lengths_ptr": "*i64", "begins_ptr": "*i64", "ptr": "*fp32"}
     signature = {}
     for name in kernel.arg_names:
         kind = next((t for end, t in types.items() if name.endswith(end)), "i32")

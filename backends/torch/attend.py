@@ -61,14 +61,15 @@ class Places:
         """The tokens of one row a sequence back in their rows."""
         return x[:, 0] if self.seq is None else self.seq.unpadded(x)
 
-    def table(self) -> tuple[Tensor, Tensor]:
-        """For kernels: the positions [N, longest], and how many places each sequence has [N]."""
+    def table(self) -> tuple[Tensor, Tensor, int]:
+        """For kernels: the first position of each sequence, and how many places it has [N]; how many most have."""
         if self.seq is None or not self.seq.packed and self.cached is None:
             lengths = self.at.new_full((self.at.shape[0],), self.at.shape[1])
         else:
             lengths = self.seq.offsets.diff()
             lengths = lengths if self.cached is None or self.start is None else self.start + lengths
-        return self.at.contiguous(), lengths
+        begins = self.at[:, 0].contiguous() if self.at.shape[1] else torch.zeros_like(lengths)
+        return begins, lengths, self.at.shape[1]
 
     def tiles(self, size: int) -> list[slice]:
         return [slice(k, min(k + size, self.at.shape[1])) for k in range(0, self.at.shape[1], size)]

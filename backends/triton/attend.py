@@ -198,6 +198,7 @@ class _Writer:
         self.program: tuple[tuple[str, Part], ...] = ()
         self.after = Builder()
         self.bounded: dict[str, Bounds] = {}
+        self.begins: dict[str, Expr] = {}
         self.sums: dict[str, Expr] = {}
         self.made: list[Gradient] = []
         self.given: list[Expr] = []
@@ -307,9 +308,10 @@ class _Writer:
         name = self.form.query if axis is None else axis
         if name is None:
             return found, {}
-        at = self.scope.pointer(f"{what}_places_ptr") + (Expr(self.n) * self.count(axis) + Expr(index))
-        place = b.load(self.scope.fresh(f"place_{what}"), at, Expr(has))
-        return found, {name: Part(place, moves=moves)}
+        begins = self.scope.pointer(f"{what}_begins_ptr")
+        begin = self.scope.before.let(self.scope.fresh(f"begin_{what}"), call("tl.load", begins + self.n))
+        self.begins[index] = begin
+        return found, {name: Part(b.let(self.scope.fresh(f"place_{what}"), begin + Expr(index)), moves=moves)}
 
     def rows_of(self, source: N.Source, moves: bool) -> tuple[Range | None, dict[str, Part]]:
         return (None, {}) if source.axis is None else self.side(source.axis, moves)
@@ -371,6 +373,13 @@ class _Writer:
         if key not in self.bounded:
             (vector,) = part.expr.args
             hint, b = vector.text(), self.scope.place(part)
+            if not isinstance(node, N.Input):  # positions follow each other
+                first, begin = (Expr(self.tile) if side.moves else self.first) * side.block, self.begins[side.index]
+                last = call("tl.minimum", first + side.block, self.scope.ends[side.index]) + (begin - 1)
+                names = (self.scope.fresh(f"{what}_{hint}") for what in ("least", "most"))
+                ends = [b.let(name, end) for name, end in zip(names, (begin + first, last))]
+                self.bounded[key] = Bounds(ends[0].op, ends[1].op)
+                return self.bounded[key]
             vector = vector.to("tl.int32") if node.dtype == "bool" else vector
             none = {"float": (MOST, LEAST), "bool": (Expr("1"), Expr("0"))}  # what a tile of no places has
             far = none.get(node.dtype, (Expr(str(FAR)), Expr(str(-FAR))))

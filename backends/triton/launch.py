@@ -79,15 +79,13 @@ def _given(kernels: Kernels, w: Writer) -> None:
     for name in kernels.names.values():
         if kernels.factor(name):
             w(f"{name} = factor({name}, types)")
-    w("query_places, query_lengths = self.queries.table()")
-    w("count, queries = query_places.shape")
+    w("query_begins, query_lengths, queries = self.queries.table()")
     seen = set()
     for k, source in enumerate(form.node.sources):
         if source.axis is not None and source.axis not in seen:
             seen.add(source.axis)
             row = f"row_{source.axis}"
-            w(f"{row}_places, {row}_lengths = self.sources[{k}].rows.table()")
-            w(f"rows_{source.axis} = {row}_places.shape[1]")
+            w(f"{row}_begins, {row}_lengths, rows_{source.axis} = self.sources[{k}].rows.table()")
     size = "".join(f'size["{a}"], ' for a in kernels.axes).rstrip()
     w(f"heads = ({size})")
     w("BQ, BR, warps = tile(size, types)")
@@ -112,7 +110,7 @@ def _forward(kernels: Kernels, name: str, place: str, w: Writer) -> None:
     with w.indented(head):
         w(f'"""The result, and what its backward needs ({place})."""')
         _given(kernels, w)
-        w("like = torch.empty((), dtype=self.dtype, device=query_places.device)")
+        w("count, like = query_lengths.shape[0], torch.empty((), dtype=self.dtype, device=query_lengths.device)")
         w(f'out = like.new_empty((count, queries, *heads, size["{kernels.last}"]))')
         w("top = like.new_empty((count, queries, *heads))")
         w("logs = torch.empty_like(top)")
@@ -133,7 +131,7 @@ def _backward(kernels: Kernels, name: str, place: str, w: Writer) -> None:
         at = form.own.index(kernels.last) - len(form.own)
         if at != -1:
             w(f"out, d_out = out.movedim({at}, -1), d_out.movedim({at}, -1)")
-        w("delta, d_out = (d_out * out).sum(-1), d_out.contiguous()")
+        w("count, delta, d_out = query_lengths.shape[0], (d_out * out).sum(-1), d_out.contiguous()")
         if kernels.factor("d_out"):
             w("d_out = factor(d_out, types)")
         launches = [(kernels.queries, "query", "queries")]
