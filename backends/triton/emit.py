@@ -155,7 +155,7 @@ def _attention_settings(w: Writer) -> None:
         w('"""Queries and rows of a tile, and the warps of a program, so that its matrices stay on chip."""')
         w('widest = max(n for name, n in size.items() if name.startswith("BLOCK_"))')
         with w.indented('if types["DOT"] == tl.bfloat16:'):
-            w("return (128, 64, 4) if widest <= 64 else (64, 64, 4) if widest <= 128 else (32, 64, 8)")
+            w("return (64, 64, 4) if widest <= 128 else (32, 64, 8)")
         w("return (32, 32, 4) if widest <= 128 else (16, 32, 8)")
     w()
     w()
