@@ -20,8 +20,8 @@ DOCUMENTS = 4  # runs of equal integers
 
 @dataclass(frozen=True)
 class Operand:
-    """What a tensor must be: its shape, type and range; `along` is the dimension of its sequence, if any. `normed`: of
-    length 1 in its last dimension; `values`: these numbers."""
+    """What a tensor must be: its shape, type and range; `along` is the dimension of its sequence, if any. `spread`
+    is that of the normal numbers; `normed`: of length 1 in its last dimension; `values`: these numbers."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,6 +29,7 @@ class Operand:
     low: float = -math.inf
     high: float = math.inf
     along: int | None = None
+    spread: float = 1.0
     normed: bool = False
     values: tuple[float, ...] | None = None
 
@@ -42,7 +43,7 @@ class Operand:
         if self.dtype == "int":
             low = 0 if math.isinf(self.low) else int(self.low)
             return torch.randint(low, int(self.high) + 1, self.shape, generator=source, device=device)
-        x = torch.randn(self.shape, generator=source, device=device)
+        x = torch.randn(self.shape, generator=source, device=device) * self.spread
         if not math.isinf(self.low) and not math.isinf(self.high):
             x = self.low + (self.high - self.low) * torch.sigmoid(x)
         elif not math.isinf(self.low):
@@ -81,7 +82,10 @@ def _operand(unit: Unit, node: N.Input | N.Param, sizes: Sizes, before: Sequence
     high = math.inf if node.high is None else node.high
     if node.dtype == "int" and math.isinf(high):
         high = min((sizes.of(unit, a) - 1 for a in _read_along(graph, node)), default=math.inf)
-    return Operand(node.name, shape, node.dtype, low, high, along)
+    spread = 1.0
+    if isinstance(node, N.Param) and node.fan_in is not None:  # as large as a layer's weights are at first
+        spread = float(node.fan_in.evaluate(sizes.settings)) ** -0.5
+    return Operand(node.name, shape, node.dtype, low, high, along, spread)
 
 
 def _read_along(graph: Graph, node: N.Input | N.Param) -> list[str]:

@@ -147,8 +147,8 @@ class Matcher:
     # -- operands ------------------------------------------------------------------------------------------------------
 
     def assignments(self, peer: Peer) -> Iterator[dict[str, Choice]]:
-        """Every way to hand the part's values to the peer's operands."""
-        choices = [self.choices(role, letters) for role, letters in peer.operands.items()]
+        """Every way to hand the part's values to the peer's operands, its inputs first."""
+        choices = [sorted(self.choices(r, letters), key=self.computed) for r, letters in peer.operands.items()]
         for chosen in itertools.product(*choices):
             if len({c.id for c in chosen}) == len(chosen):
                 yield dict(zip(peer.operands, chosen))
@@ -165,7 +165,11 @@ class Matcher:
         if isinstance(node, N.Attend):
             captured = [n.outer for n in node.body.of_kind(N.Capture)]
             return [Choice(id_) for id_ in captured if set(graph[id_].axes) == self.named(letters)]
-        return [Choice(id_) for id_ in timed(graph, node.operands()) if set(graph[id_].axes) == self.named(letters)]
+        inputs = [n.id for n in graph.of_kind(N.Input)]
+        reads = [id_ for operand in timed(graph, node.operands()) for id_ in factors(graph, operand)]
+        found = [id_ for id_ in dict.fromkeys([*inputs, *reads]) if set(graph[id_].axes) == self.named(letters)]
+        raw = [Choice(id_, True) for id_ in found if role == "g" and self.ranges[id_][0] >= 0]
+        return [*map(Choice, found), *raw]
 
     def of_scan(self, scan: N.Scan, role: str, letters: str) -> list[Choice]:
         if len(scan.writes) != 1 or len(scan.queries) != 1 or len(scan.gates) > 1:

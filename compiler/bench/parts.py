@@ -127,6 +127,8 @@ def _names(unit: Unit, ids: Iterable[str]) -> dict[str, str]:
 
 def _operand(graph: Graph, node: N.AnyNode, name: str, ranges: Ranges) -> N.AnyNode:
     """An input, or for what belongs to no sequence a parameter, in the place of a computed value."""
+    if isinstance(node, N.Param):
+        return node.evolve(name=name, init=None)
     low, high = (-math.inf, math.inf) if node.dtype == "complex" else ranges[node.id]
     kind: type[N.Input] | type[N.Param] = N.Input if _timed(graph, node.id) else N.Param
     return kind(id=node.id, span=node.span, axes=node.axes, dtype=node.dtype, name=name,

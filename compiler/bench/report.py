@@ -86,7 +86,7 @@ def save_png(report: Mapping[str, Any], path: Path) -> None:
     rows = [[r for r in part["rows"] if r["forward_ms"] is not None] for part in parts]
     heights = [0.55 * max(len(r), 1) + 1.1 for r in rows]
     figure, places = pyplot.subplots(
-        len(parts), 1, figsize=(8, sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
+        len(parts), 1, figsize=(9.5, sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
     )
     for part, timed, (place,) in zip(parts, rows, places):
         for k, (key, label, color) in enumerate(
@@ -94,13 +94,13 @@ def save_png(report: Mapping[str, Any], path: Path) -> None:
         ):
             have = [(n, r[f"{key}_ms"]) for n, r in enumerate(timed) if r[f"{key}_ms"] is not None]
             place.barh([n + 0.36 * k for n, _ in have], [ms for _, ms in have], 0.34, color=color, label=label)
-            place.axvline(part[f"limit_{key}_ms"], color=color, linestyle=":", label=f"limit, {label}")
+            place.axvline(part[f"limit_{key}_ms"], color="black", zorder=3, linestyle=":-"[k], label=f"limit, {label}")
         names = [r["candidate"] + (f"\n{r['compared']}" if r["compared"] else "") for r in timed]
         place.set_yticks([n + 0.18 for n in range(len(timed))], names, fontsize=8)
         place.invert_yaxis()
         place.set_xlabel("ms")
         place.set_title(part["part"], fontsize=10)
-        place.legend(fontsize=7)
+        place.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     shape = ", ".join(f"{name} {n}" for name, n in report["shape"].items())
     figure.suptitle(f"{report['spec']}, {report['dtype']} on {report['device']}\n{shape}", fontsize=9)
     figure.tight_layout()
