@@ -436,6 +436,41 @@ def graph(session: Session, file: str, level: str, form: str) -> int:
     return session.finish()
 
 
+# -- bench -------------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--unit", metavar="NAME", help="A layer or op of the file; by default its last one.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Fix a parameter; may be repeated.")
+@click.option("--shape", default="", metavar="AXIS=N,...", help="Sizes: B, T, H, K, V, or axes by the spec's names.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp32"]), help="By default bf16 on a GPU, fp32 on a CPU.")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), help="By default the GPU if there is one.")
+@click.option(
+    "--against", default="auto", show_default=True, metavar="PEER,...", help="Peers by name, or auto or none."
+)
+@click.option("--json", "as_json", type=click.Path(dir_okay=False, path_type=Path), metavar="PATH", help="Write JSON.")
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), metavar="PATH",
+              help="Draw a chart (needs the extra 'plot').")  # fmt: skip
+@click.option("--limit-seconds", type=click.FloatRange(0, min_open=True), default=600, show_default=True,
+              help="The time that each candidate gets.")  # fmt: skip
+@_common
+@click.pass_obj
+def bench(session: Session, /, file: Path, as_json: Path | None, png: Path | None, **asked: Any) -> int:
+    """Time an emitted layer or op against PyTorch's attention and fla, and against the memory limit."""
+    from chunkc.bench.verb import run_verb
+    from chunkc.driver import compile_source
+
+    if str(file) == "-":
+        raise click.UsageError("each candidate reads the file anew: bench does not read stdin")
+    failed = CLEAN
+    with session.collecting():
+        compiled = compile_source(session.read(str(file)))
+        session.found.extend(compiled.checked.warnings)
+        failed = run_verb(compiled, file, as_json, png, asked, session.talk)
+    return max(failed, session.finish())
+
+
 # -- completion --------------------------------------------------------------------------------------------------------
 
 

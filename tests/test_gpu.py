@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import attentions
 import cases
 import constructs
@@ -9,10 +11,13 @@ import pytest
 import test_pytorch as inside
 import torch
 from emitted import Case, emit, errors
+from shipped import SPECS
 from test_attention import VALUES
 from test_language import built as construct
 from test_language import settings
 from test_numerics import ALL, EDGES, PACKED, SETTINGS, SHIPPED, allowed, at_edges, built, gates
+
+from chunkc import cli
 
 __all__ = ["built"]
 pytestmark = [
@@ -169,3 +174,17 @@ def test_cuda_graphs(name):  # type: ignore[no-untyped-def]
     wanted = [step().detach(), *(p.grad for p in made.parameters())]
     for a, b in zip(found, wanted):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["gated_linear_attention", "causal_attention"])
+def test_bench(name, tmp_path):  # type: ignore[no-untyped-def]
+    """Processes and all, at small sizes: chunkc's rows, and PyTorch's attention, are right and timed."""
+    found = tmp_path / "found.json"
+    spec = str(SPECS / f"{name}.spec")
+    assert cli.run(["bench", spec, "--device", "cuda", "--shape", "B=2,T=256,K=64", "--json", str(found)]) == 0
+    rows = [row for part in json.loads(found.read_text())["parts"] for row in part["rows"]]
+    own = [row for row in rows if row["candidate"] in ("chunkc", "sdpa")]
+    assert len(own) == 3
+    for row in own:
+        assert row["reason"] is None and row["error"] < 0.05
+        assert row["forward_ms"] > 0 and row["both_ms"] > 0 and row["peak_mib"] > 0
