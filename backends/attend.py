@@ -82,6 +82,9 @@ class Bounds:
     most: str
 
 
+COMPARED = ("<", "<=", ">", ">=", "==", "!=")
+
+
 @dataclass(frozen=True)
 class Seen:
     """Whether a mask may hold of some pair of two tiles, by the bounds of what it compares, as the text of a condition.
@@ -113,10 +116,19 @@ class Seen:
             if final in parts or not parts:
                 return final if parts else idle
             return f"({(' & ' if node.fn == 'and' else ' | ').join(parts)})" if len(parts) > 1 else parts[0]
-        if node.fn not in ("<", "<=", ">", ">=", "==", "!="):
+        if node.fn not in COMPARED:
             return unknown
         left, right = (self.bounds(a) for a in node.args)
         return unknown if left is None or right is None else compared(node.fn, left, right, may)
+
+    def opaque(self, id_: str) -> bool:
+        """Whether some part of a mask is decided by its values alone."""
+        node = self.graph[id_]
+        if isinstance(node, N.Map) and node.fn in ("as", "not", "and", "or"):
+            return any(self.opaque(a) for a in node.args)
+        if isinstance(node, N.Map) and node.fn in COMPARED:
+            return any(self.bounds(a) is None for a in node.args)
+        return not isinstance(node, N.Const) and self.leaf(node) is None
 
     def bounds(self, id_: str) -> Bounds | None:
         """The bounds of a value; None where they are not known."""

@@ -193,7 +193,8 @@ class _Writer:
         self.counts: dict[str, None] = {}
         self.indices: dict[str, Part] = {}
         self.tiles: list[Statement] = []
-        self.cut = 0
+        self.conditions: list[tuple[int, Expr]] = []
+        self.visible: Expr | None = None
         self.first = self.all = Expr("")
         self.program: tuple[tuple[str, Part], ...] = ()
         self.after = Builder()
@@ -217,8 +218,8 @@ class _Writer:
             assert source.scores is not None
             pairs = self.pairs(k, source.scores, {**place, **places})
             frame = Frame(query, row, self.program)
-            seen, u = self.seen(source, pairs, frame), self.updates(frame)
-            logit = self.logit(pairs, frame, queries=False)
+            self.look(source, pairs, frame)
+            logit, u = self.logit(pairs, frame, queries=False), self.updates(frame)
             new = u.let(self.scope.fresh("new"), maximum(most, call("tl.max", logit, 1)))
             safe = u.let(self.scope.fresh("safe"), where(new.same(LEAST), 0.0, new))
             weight = u.let(self.scope.fresh("weight"), exp(logit - safe.rows))
@@ -229,7 +230,7 @@ class _Writer:
             u.let(read.op, reduced if add is None else reduced + add)
             u.let(most.op, new)
             if row is not None:
-                self.close(row, seen)
+                self.close(row)
         a = self.after
         empty = a.let("empty", total.same(0.0))
         self.store("out", read / where(empty, 1.0, total).rows, query, block)
@@ -245,9 +246,9 @@ class _Writer:
                        for n in self.form.inputs(source)):  # fmt: skip
                 continue
             row, places = self.rows_of(source, moves=True)
-            seen = self.gradients(k, {**place, **places}, Frame(query, row, self.program), ("q", "."))
+            self.gradients(k, {**place, **places}, Frame(query, row, self.program), ("q", "."))
             if row is not None:
-                self.close(row, seen)
+                self.close(row)
         for g in self.made:
             total = self.sums[g.pointer]
             along = self.scope.block(g.axes[-1]) if len(g.axes) > len(self.axes) else None
@@ -262,8 +263,8 @@ class _Writer:
         source = self.form.node.sources[k]
         row, places = self.start(source)
         query, place = self.side(None, moves=True)
-        seen = self.gradients(k, {**place, **places}, Frame(query, row, self.program), ("r",))
-        self.close(query, seen)
+        self.gradients(k, {**place, **places}, Frame(query, row, self.program), ("r",))
+        self.close(query)
         for g in self.made:
             along = self.scope.block(g.axes[-1]) if len(g.axes) > len(self.axes) else None
             self.store(g.pointer, self.sums[g.pointer], row, along)
@@ -316,11 +317,12 @@ class _Writer:
     def rows_of(self, source: N.Source, moves: bool) -> tuple[Range | None, dict[str, Part]]:
         return (None, {}) if source.axis is None else self.side(source.axis, moves)
 
-    def close(self, side: Range, seen: Expr | None) -> None:
-        """Puts what stands inside of the loop there: behind the condition, if any, what it is for."""
+    def close(self, side: Range) -> None:
+        """Puts what stands inside of the loop there: behind conditions what they are for."""
         body = self.scope.inside.body
-        if seen is not None:
-            body = [*body[: self.cut], If(seen, tuple(body[self.cut :]))]
+        for at, condition in reversed(self.conditions):
+            body = [*body[:at], If(condition, tuple(body[at:]))]
+        self.conditions = []
         length = call("tl.cdiv", self.scope.ends[side.index], side.block)
         self.tiles.append(Loop(self.tile, length, over(length.text(), ()), tuple(body)))
         self.scope.inside = Builder()
@@ -342,21 +344,27 @@ class _Writer:
         axis = None if side == "q" else source.axis
         return Operand(pointer, Expr(self.n), axis or self.form.query, self.count(axis).op, axes)
 
-    def seen(self, source: N.Source, pairs: Pairs, frame: Frame) -> Expr | None:
-        """Whether some query of the tile may see some row; None where each tile is. What follows is for those alone."""
+    def look(self, source: N.Source, pairs: Pairs, frame: Frame) -> None:
+        """Conditions that a tile is seen at all: by the bounds of what the mask compares, and where some part of it is
+        no comparison, by the mask's values. What follows is for such tiles alone."""
+        self.visible = None
         mask = dict(pairs.graph.outputs).get("mask")
-        if mask is None or source.axis is None:
-            return None
+        if mask is None or frame.rows is None or frame.cols is None:
+            return
         self.bounded = {k: b for k, b in self.bounded.items() if not k.startswith("moving ")}
-        look = Seen(
-            pairs.graph, lambda n: self.bounds(n, pairs, frame), lambda n: pairs.constant(n).text(9), "tl.maximum"
-        )
-        text = look.holds(mask)
-        if text in ("True", "False"):
-            return None
-        seen = self.scope.inside.let(self.scope.fresh("seen"), parse_expr(text))
-        self.cut = len(self.scope.inside.body)
-        return seen
+        leaf, number = (lambda n: self.bounds(n, pairs, frame)), (lambda n: pairs.constant(n).text(9))
+        seen, inside = Seen(pairs.graph, leaf, number, "tl.maximum"), self.scope.inside
+        text = seen.holds(mask)
+        if text not in ("True", "False"):
+            self.condition(inside.let(self.scope.fresh("seen"), parse_expr(text)))
+        if seen.opaque(mask):
+            places = Expr(frame.rows.has).rows & Expr(frame.cols.has).cols
+            self.visible = inside.let(self.scope.fresh("visible"), places & pairs.value(mask, frame).expr)
+            some = call("tl.max", call("tl.max", where(self.visible, 1, 0), 1), 0)
+            self.condition(inside.let(self.scope.fresh("some"), some > 0))
+
+    def condition(self, condition: Expr) -> None:
+        self.conditions.append((len(self.scope.inside.body), condition))
 
     def bounds(self, node: N.AnyNode, pairs: Pairs, frame: Frame) -> Bounds | None:
         """The least and the most of a capture or of positions."""
@@ -398,7 +406,7 @@ class _Writer:
         masks += [Expr(frame.cols.has).cols] if frame.cols is not None else []
         if "mask" in found:
             masks.append(pairs.value(found["mask"], frame).expr)
-        mask = conjunction(masks)
+        mask = conjunction(masks) if self.visible is None else self.visible
         u = self.updates(frame)
         return u.let(self.scope.fresh("logit"), logit if mask is None else where(mask, logit, LEAST))
 
@@ -436,12 +444,13 @@ class _Writer:
                 self.given.append(b.load(name, slot, Expr(query.has)))
         return tuple(self.given)
 
-    def gradients(self, k: int, places: dict[str, Part], frame: Frame, sides: tuple[str, ...]) -> Expr | None:
-        """Adds a source's part of the gradients of the operands on some sides; whether a tile is seen."""
+    def gradients(self, k: int, places: dict[str, Part], frame: Frame, sides: tuple[str, ...]) -> None:
+        """Adds a source's part of the gradients of the operands on some sides."""
         source = self.form.node.sources[k]
         assert source.scores is not None and source.gradients is not None and frame.rows is not None
         pairs = self.pairs(k, source.scores, places)
-        seen, u = self.seen(source, pairs, frame), self.updates(frame)
+        self.look(source, pairs, frame)
+        u = self.updates(frame)
         d_out, top, logs, delta = self.cotangents(frame.rows)
         logit = self.logit(pairs, frame, queries=True)
         weight = u.let(self.scope.fresh("weight"), exp(logit - top.rows - logs.rows))
@@ -466,7 +475,6 @@ class _Writer:
             if n.dtype == "float" and self.form.side(source, n.name) in sides:
                 for term in terms(source, n.name):
                     self.term(k, n.name, term, back, frame, weight, d_out)
-        return seen
 
     def term(self, k: int, name: str, term: Term, pairs: Pairs, frame: Frame, weight: Expr, d_out: Expr) -> None:
         """Adds a tile's part of a term to its sum."""
