@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import json
 import os
 import threading
 import time
@@ -35,7 +34,7 @@ class Watch(threading.Thread):
         super().__init__(name="plan", daemon=True)
         self.store, self.rank, self.ranks = store, rank, ranks
         self.doing, self.count = "nothing yet", 0
-        self.answers: dict[int, dict[str, Any]] = {}
+        self.answers: dict[int, tuple[int, str]] = {}  # of each rank, which operation it is in, and what that is
         self.unreachable = ""  # why the store cannot be read any more
         self.alarmed, self.settled, self.ended = threading.Event(), threading.Event(), threading.Event()
         self.start()
@@ -51,7 +50,7 @@ class Watch(threading.Thread):
                 if self.ended.wait(PERIOD):
                     return
             self.alarmed.set()
-            self.store.set(f"answer/{self.rank}", json.dumps({"doing": self.doing, "count": self.count}))
+            self.store.set(f"answer/{self.rank}", f"{self.count} {self.doing}")
             self.collect(time.monotonic() + PATIENCE)
         except RuntimeError as error:  # the process that holds the store is gone; a failure says so
             self.unreachable = str(error).splitlines()[0]
@@ -61,14 +60,14 @@ class Watch(threading.Thread):
         while len(self.answers) < len(self.ranks):
             for rank in self.ranks:
                 if rank not in self.answers and self.store.check([f"answer/{rank}"]):
-                    self.answers[rank] = json.loads(self.store.get(f"answer/{rank}"))
+                    count, doing = self.store.get(f"answer/{rank}").decode().split(" ", 1)
+                    self.answers[rank] = int(count), doing
             if time.monotonic() > until:
                 return
             time.sleep(PERIOD / 2)
 
     def blame(self) -> str:
         """Who is at fault, by what the ranks answer to an alarm."""
-        mine = {"doing": self.doing, "count": self.count}
         if not self.alarmed.is_set():
             try:
                 self.store.set("alarm", str(self.rank))
@@ -84,9 +83,9 @@ class Watch(threading.Thread):
         silent = [r for r in self.ranks if r not in self.answers]
         if silent:
             return f"{_listed(silent)} not answer: ended, or stopped"
-        away = [r for r in self.ranks if self.answers[r]["count"] != mine["count"]]
+        away = [r for r in self.ranks if self.answers[r][0] != self.count]
         if away:
-            return "; ".join(f"rank {r} is elsewhere: {self.answers[r]['doing']}" for r in away)
+            return "; ".join(f"rank {r} is elsewhere: {self.answers[r][1]}" for r in away)
         return "all ranks answer, and are in the same operation"
 
 
@@ -140,8 +139,7 @@ class Ranks:
             return self.gather(x.to(torch.uint8), what).bool()
         out = x.new_empty((self.size, *x.shape))
         with self.operation(what):
-            work = dist.all_gather_into_tensor(out, x.contiguous(), group=self.group, async_op=True)
-            work.wait(self.timeout)
+            dist.all_gather(list(out), x.contiguous(), group=self.group, async_op=True).wait(self.timeout)
         return out
 
     def scatter_sum(self, x: Tensor, what: str) -> Tensor:
@@ -150,8 +148,8 @@ class Ranks:
             return x[0]
         out = x.new_empty(x.shape[1:])
         with self.operation(what):
-            work = dist.reduce_scatter_tensor(out, x.contiguous(), group=self.group, async_op=True)
-            work.wait(self.timeout)
+            given = list(x.contiguous())
+            dist.reduce_scatter(out, given, group=self.group, async_op=True).wait(self.timeout)
         return out
 
     def total(self, x: Tensor, what: str) -> Tensor:

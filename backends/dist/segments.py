@@ -179,9 +179,9 @@ class Segments(Sequences):
         return pool[torch.where(filled, self.documents + owner * most + slot, index)]
 
     def rows_of(self, what: str, x: Tensor, cached: Tensor | None) -> Tensor:
-        """The rows of an attention [tokens of this rank, ...] as one row a document [N, rows, ...], behind those of
-        calls before."""
-        every = gathered(self.ranks, x, what).flatten(0, 1)
+        """The rows of an attention, of which those of this call [tokens of this rank, ...] stand last, as one row a
+        document [N, rows, ...], behind those of calls before."""
+        every = gathered(self.ranks, x[-self.rows * self.tokens :], what).flatten(0, 1)
         places = [place_of(r, self.ranks.size, self.layout, self.rows, self.tokens, self.device)
                   for r in range(self.ranks.size)]  # fmt: skip
         every = every[torch.cat(places).argsort()]
