@@ -298,17 +298,20 @@ class UnitEmitter:
     def after(self, f: StateField) -> str:
         """A field after the call: rows are kept in the inputs' type, cast only where a state is returned."""
         name = next_name(f.name)
-        if self.is_of_segments(f):
-            of = "rows_of" if f.kind == "cache" else "last_of"
-            name = f'({name} if plan is None else seq.{of}("{public(f.name)}", {name}, {state_name(f.name)}))'
+        node = self.keeper(f)
+        if is_sharded(self.unit, node.query if isinstance(node, N.Attend) else getattr(node, "axis", None)):
+            of = "rows_of" if f.kind == "cache" else "last_of"  # with a plan there is a value for each segment
+            what = f"last {public(f.name)} ({self.lines.place(node.span)})"
+            name = f'({name} if plan is None else seq.{of}("{what}", {name}, {state_name(f.name)}))'
         return name + (".to(given)" if f.kind == "cache" and f.dtype == "float" else "")
 
-    def is_of_segments(self, f: StateField) -> bool:
-        """Whether ranks share the sequence of a field, so that with a plan it has a value for each segment."""
+    def keeper(self, f: StateField) -> N.AnyNode:
+        """The node that a field is kept for."""
         if f.kind == "state":
-            return any(s.name == f.name and is_sharded(self.unit, s.axis) for s in self.graph.of_kind(N.Scan))
-        node = self.graph[(f.node or "").split("/")[0]]
-        return is_sharded(self.unit, node.query if isinstance(node, N.Attend) else getattr(node, "axis", None))
+            named = [n for n in self.graph.nodes if isinstance(n, N.Scan) and n.name == f.name
+                     or isinstance(n, N.Recur) and any(c.name == f.name for c in n.carried)]  # fmt: skip
+            return named[0]
+        return self.graph[(f.node or "").split("/")[0]]
 
     def output(self, id_: str) -> str:
         home = self.printer.home(self.graph, id_)

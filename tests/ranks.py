@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing as mp
 import os
+import socket
 import sys
 import tempfile
 import traceback
@@ -28,7 +29,7 @@ WAIT = 60.0
 @dataclass(frozen=True)
 class Case:
     """A unit of a package at `folder`, its sizes, and a batch: `inputs` are trailing shapes, or a number of integers;
-    `whole` inputs are over a sequence that all ranks have."""
+    `whole` inputs are over a sequence e that all ranks have."""
 
     folder: str
     unit: str
@@ -75,12 +76,16 @@ def tensors(case: Case, tokens: int, seed: int) -> dict[str, Tensor]:
 def run(case: Case, plan: Any = None) -> dict[str, Tensor]:
     """Outputs, last states, and the gradients of inputs, weights and initial states, of the whole batch."""
     made, unit = tensors(case, case.tokens, 1), getattr(package(case.folder), case.unit)
-    shard = (lambda n, x: x) if plan is None else lambda n, x: plan.shard(x) if n in case.inputs and n not in case.whole else x
+    shard = (
+        (lambda n, x: x)
+        if plan is None
+        else lambda n, x: plan.shard(x) if n in case.inputs and n not in case.whole else x
+    )
     keywords: dict[str, Any] = {"plan": plan} if plan is not None else {}
     if case.cu_seqlens is not None:
         keywords["cu_seqlens"] = torch.tensor(case.cu_seqlens)
-        for name in case.whole:
-            keywords[f"cu_seqlens_{name}"] = torch.arange(len(case.cu_seqlens)) * 7
+        if case.whole:
+            keywords["cu_seqlens_e"] = torch.arange(len(case.cu_seqlens)) * 7
     weights: dict[str, Tensor] = {}
     if isinstance(unit, type):
         torch.manual_seed(3)
@@ -106,6 +111,7 @@ def run(case: Case, plan: Any = None) -> dict[str, Tensor]:
         loss = loss + (y * (w if plan is None else plan.shard(w))).sum()
     for k, s in enumerate(last):
         found[f"state {k}"] = s.detach()
+        s = torch.view_as_real(s) if s.is_complex() else s
         w = torch.randn(s.shape, generator=gen, dtype=torch.float64)
         if s.requires_grad and (plan is None or plan.ranks.rank == plan.size - 1):
             loss = loss + (s * w).sum()  # all ranks have the states: one counts them
@@ -123,12 +129,16 @@ def resume(call: Any, case: Case, early: dict[str, Tensor], sizes: dict[str, Any
     """The state that a first call of 5 tokens a sequence leaves."""
     if case.cu_seqlens is not None:
         count = len(case.cu_seqlens) - 1
-        early = {n: x if n in case.params else x[:1, :1].repeat(1, 5 * count, *[1] * (x.dim() - 2)) for n, x in early.items()}
+        early = {
+            n: x if n in case.params else x[:1, :1].repeat(1, 5 * count, *[1] * (x.dim() - 2)) for n, x in early.items()
+        }
         keywords = {"cu_seqlens": torch.arange(count + 1) * 5}
     else:
         count, keywords = case.batch, {}
-    _, state = results(call, list(early.values()), None, sizes, keywords, layer=isinstance(call, torch.nn.Module), count=count)
-    return tuple(s.detach().requires_grad_(s.is_floating_point()) for s in state)
+    _, state = results(
+        call, list(early.values()), None, sizes, keywords, layer=isinstance(call, torch.nn.Module), count=count
+    )
+    return tuple(s.detach().requires_grad_(s.is_floating_point() or s.is_complex()) for s in state)
 
 
 def results(call: Any, parts: list[Tensor], state: tuple[Tensor, ...] | None, sizes: dict[str, Any],
@@ -170,9 +180,9 @@ def plan_of(folder: str, world: int, timeout: float = 30.0, data: int = 1) -> An
     return _plans[key]
 
 
-def _serve(rank: int, world: int, meeting: str, timeout: float, pipe: Connection) -> None:
+def _serve(rank: int, world: int, where: str, timeout: float, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world,
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world,
                             timeout=timedelta(seconds=timeout))  # fmt: skip
     while True:
         job, args = pipe.recv()
@@ -187,16 +197,21 @@ def _serve(rank: int, world: int, meeting: str, timeout: float, pipe: Connection
 class Pool:
     """So many ranks over gloo, that run jobs together."""
 
-    def __init__(self, world: int, timeout: float = 30.0) -> None:
+    def __init__(self, world: int, timeout: float = 30.0, store: str = "file") -> None:
         server = mp.get_context("forkserver")
         server.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.device_mesh", "ranks"])
         handle, self.meeting = tempfile.mkstemp()
         os.close(handle)
+        where = f"file://{self.meeting}"
+        if store == "tcp":
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                where = f"tcp://127.0.0.1:{free.getsockname()[1]}"
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world):
             mine, theirs = server.Pipe()
-            process = server.Process(target=_serve, args=(rank, world, self.meeting, timeout, theirs), daemon=True)
+            process = server.Process(target=_serve, args=(rank, world, where, timeout, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(mine)

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 PERIOD = 0.2  # seconds between two looks at the store
 PATIENCE = 2.0  # seconds in which a rank that lives has answered
+PARTING = 1.0  # seconds that the holder of the store stays, so that the others read the last answers
 
 _made = itertools.count()  # plans are made in the same order on all ranks
 
@@ -36,20 +37,24 @@ class Watch(threading.Thread):
         self.doing, self.count = "nothing yet", 0
         self.answers: dict[int, tuple[int, str]] = {}  # of each rank, which operation it is in, and what that is
         self.unreachable = ""  # why the store cannot be read any more
-        self.alarmed, self.settled, self.ended = threading.Event(), threading.Event(), threading.Event()
+        self.wanted, self.alarmed = threading.Event(), threading.Event()  # here, and by any rank
+        self.settled, self.ended = threading.Event(), threading.Event()
         self.start()
         atexit.register(self.close)
 
     def close(self) -> None:
         self.ended.set()
-        self.join()
+        self.wanted.set()
+        self.join(3 * PERIOD)  # a store that is stopped holds it up
 
     def run(self) -> None:
         try:
-            while not self.store.check(["alarm"]):
-                if self.ended.wait(PERIOD):
-                    return
+            while not self.wanted.is_set() and not self.store.check(["alarm"]):
+                self.wanted.wait(PERIOD)
+            if self.ended.is_set():
+                return
             self.alarmed.set()
+            self.store.set("alarm", str(self.rank))
             self.store.set(f"answer/{self.rank}", f"{self.count} {self.doing}")
             self.collect(time.monotonic() + PATIENCE)
         except RuntimeError as error:  # the process that holds the store is gone; a failure says so
@@ -68,25 +73,20 @@ class Watch(threading.Thread):
 
     def blame(self) -> str:
         """Who is at fault, by what the ranks answer to an alarm."""
-        if not self.alarmed.is_set():
-            try:
-                self.store.set("alarm", str(self.rank))
-            except RuntimeError as error:
-                self.unreachable = str(error).splitlines()[0]
-        self.settled.wait(3 * PERIOD + PATIENCE)
+        self.wanted.set()
+        settled = self.settled.wait(3 * PERIOD + PATIENCE)
         held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # by rank 0, unless the launcher holds it
         if self.rank == 0 and held:
-            time.sleep(2 * PERIOD)  # the others read the last answers
-        if self.unreachable and not self.answers:
-            who = "rank 0, which held the store, has ended" if held else "the launcher, which held the store, has ended"
-            return f"{who} ({self.unreachable})"
+            time.sleep(PARTING)
+        if not self.answers and (self.unreachable or not settled):
+            who = "rank 0, which holds the store," if held else "the launcher, which holds the store,"
+            return f"{who} does not answer: ended, or stopped{f' ({self.unreachable})' if self.unreachable else ''}"
         silent = [r for r in self.ranks if r not in self.answers]
         if silent:
             return f"{_listed(silent)} not answer: ended, or stopped"
-        away = [r for r in self.ranks if self.answers[r][0] != self.count]
-        if away:
-            return "; ".join(f"rank {r} is elsewhere: {self.answers[r][1]}" for r in away)
-        return "all ranks answer, and are in the same operation"
+        first, last = min(self.answers.values())[0], max(self.answers.values())[0]
+        late = [f"rank {r} did not come, it was {doing}" for r, (n, doing) in self.answers.items() if n == first < last]
+        return "; ".join(late) or "all ranks answer, and are in the same operation"
 
 
 def _listed(ranks: list[int]) -> str:

@@ -1,0 +1,244 @@
+"""Parallel layouts: so many ranks over gloo are one process, in float64, and a rank that is lost ends the others."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Case, Pool, case_on_ranks, plan_of, run
+
+import chunkc
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = """
+parallel {
+  mesh { data, ring }
+  shard t over ring layout LAYOUT
+}
+"""
+LAYOUTS = ("contiguous", "zigzag")
+Built = dict[tuple[str, str], str]
+WHOLE = ("whole", "ahead")  # these cannot go on from a state
+DOCUMENTS = (0, 1, 1, 20, 21, 22, 50, 64)  # of one token, of none, and over several ranks
+
+OPS = {
+    "gates": """
+op gates(heads: int, dk: int, dv: int) {
+  axes { t: time, h = heads, i = dk, j = dv }
+  input q[t, h, i], w[t, h, j], k[t, h, i], v[t, h, j], a[t, h, i] in [0, 1], f[t, h, j] in [-inf, 0]
+  recurrence over t {
+    state S[h, i, j], Z[h, i, j] = 0.5
+    S = a * exp(f) * S + k * v
+    Z = Z + k * v
+    o = sum[i](q * S)
+    p = sum[j](w * S) + 0.1 * sum[j](w * Z)
+  }
+  output o, p
+}""",
+    "vectors": """
+op vectors(n: int) {
+  axes { t: time, e = n }
+  input x[t, e], a[t, e] in [0, 1], b[t, e]
+  recurrence over t {
+    state u[e], m[e] = -inf, w[e]: complex, r[e] = -1
+    u = a * u + x
+    m = max(m + b, x)
+    w = exp(complex(-exp(b), x)) * w + x
+    c = stop(max(b + r, x))
+    r = c
+  }
+  output y = u + m + re(w) * x + exp(m[t = t - 1]) + exp(-r * r)
+}""",
+    "back": """
+op back(n: int) {
+  axes { t: time, e = n }
+  input x[t, e], d[t]: int
+  near = x[t = t - 1] * 2 + x[t = t - 5]
+  same = where(d[t = t - 2] == d, 1.0, 0.5)
+  output y = near * same + x * (near[t = t - 3] + t)
+}""",
+    "masks": """
+op masks(heads: int, kv: int, dk: int) {
+  axes { t: time, s = t, u = t, h = heads, g = kv groups h, i = dk, o = 4 }
+  input q[t, h, i], k[t, g, i], v[t, g, i], doc[t]: int
+  param b[h], c[o]
+  attention y[t, h, i] {
+    over s {
+      logit = dot[i](q, k[t = s]) * size(i)^-0.5 + c[o = min(t - s, 3)]
+      value = v[t = s]
+      mask = s <= t and (doc[t = s] == doc or s < 3)
+    }
+    over u {
+      logit = dot[i](q, v[t = u])
+      value = k[t = u] + q
+      mask = u < t and t - u < 6
+    }
+    row { logit = b }
+  }
+  output y
+}""",
+    "whole": """
+op whole(heads: int, dk: int) {
+  axes { t: time, s = t, e: time, h = heads, i = dk }
+  input q[t, h, i], k[t, h, i], w[e, h, i], v[e, h, i]
+  recurrence over e {
+    state z[h, i]
+    z = 0.5 * z + v
+    z2 = z + v
+  }
+  attention y[t, h, i] {
+    over e {
+      logit = dot[i](q, w)
+      value = z2
+    }
+    over s {
+      logit = dot[i](q, k[t = s])
+      value = k[t = s]
+      mask = t >= s
+    }
+  }
+  output y
+}""",
+    "ahead": """
+op ahead(heads: int, dk: int) {
+  axes { t: time, s = t, h = heads, i = dk }
+  input q[t, h, i], k[t, h, i]
+  attention y[t, h, i] over s {
+    logit = dot[i](q, k[t = s]) * 0.3
+    value = k[t = s]
+    mask = abs(t - s) < 9
+  }
+  output y
+}""",
+}
+HEADS = {"heads": 2, "dk": 4}
+CASES = {
+    "gated_linear_attention": Case("", "GatedLinearAttention", {"d_model": 16, "heads": 2}, {"x": (16,)}),
+    "mamba2": Case("", "Mamba2", {"d_model": 8, "head": 4, "states": 6, "kv": 2}, {"x": (8,)}),
+    "causal_attention": Case("", "CausalAttention", {"d_model": 16, "heads": 4, "kv": 2}, {"x": (16,)}),
+    "hybrid": Case("", "Hybrid", {"d_model": 16, "heads": 2, "window": 9}, {"x": (16,)}),
+    "rwkv6": Case("", "RWKV6", {"d_model": 16, "heads": 2}, {"x": (16,)}),
+    "gates": Case("", "gates", HEADS | {"dv": 3}, {"q": (2, 4), "w": (2, 3), "k": (2, 4), "v": (2, 3), "a": (2, 4),
+                  "f": (2, 3)}, ranges={"a": (0.0, 1.0), "f": (-3.0, 0.0)}),
+    "vectors": Case("", "vectors", {"n": 4}, {"x": (4,), "a": (4,), "b": (4,)}, ranges={"a": (0.0, 1.0)}),
+    "back": Case("", "back", {"n": 3}, {"x": (3,), "d": 5}),
+    "masks": Case("", "masks", {"heads": 4, "kv": 2, "dk": 3}, {"q": (4, 3), "k": (2, 3), "v": (2, 3), "doc": 4},
+                  params={"b": (4,), "c": (4,)}),
+    "whole": Case("", "whole", HEADS, {"q": (2, 4), "k": (2, 4), "w": (2, 4), "v": (2, 4)}, whole=("w", "v")),
+    "ahead": Case("", "ahead", HEADS, {"q": (2, 4), "k": (2, 4)}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Packages of all cases in both layouts."""
+    folder = tmp_path_factory.mktemp("parallel")
+    for path in (ROOT / "specs").glob("*.spec"):
+        (folder / path.name).write_text(path.read_text())
+    made = {}
+    for layout in LAYOUTS:
+        for name in CASES:
+            text = OPS.get(name) or (ROOT / "specs" / f"{name}.spec").read_text()
+            path = folder / f"{name}_{layout}.spec"
+            path.write_text(text + BLOCK.replace("LAYOUT", layout))
+            made[name, layout] = str(chunkc.build(path, folder / "out"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
+    made = Pool(request.param)
+    yield made
+    made.close()
+
+
+def close(name: str, wanted: torch.Tensor, found: torch.Tensor) -> None:
+    assert wanted.shape == found.shape, name
+    if not wanted.is_floating_point() and not wanted.is_complex():
+        assert torch.equal(wanted, found), name
+        return
+    both = torch.isfinite(wanted.abs())
+    assert torch.equal(wanted[~both], found[~both]), name
+    scale = wanted[both].abs().max().clamp(min=1e-3) if both.any() else 1.0
+    assert not both.any() or float((wanted[both] - found[both]).abs().max() / scale) < 1e-12, name
+
+
+def compare(case: Case, pool: Pool) -> None:
+    wanted = run(case)
+    for rank, found in enumerate(pool(case_on_ranks, case)):
+        assert wanted.keys() == found.keys()
+        for name in wanted:
+            close(f"rank {rank}: {name}", wanted[name], found[name])
+
+
+KINDS = {
+    "dense": {},
+    "resumed": {"resumed": True},
+    "packed": {"batch": 1, "tokens": 64, "cu_seqlens": DOCUMENTS},
+    "packed resumed": {"batch": 1, "tokens": 64, "cu_seqlens": DOCUMENTS, "resumed": True},
+    "short": {"batch": 3, "tokens": 16},
+}
+
+
+REQUIRED = ("gated_linear_attention", "mamba2", "causal_attention", "hybrid")
+ALL = [(4, name, layout, kind) for name in CASES for layout in LAYOUTS for kind in KINDS]
+SOME = [(world, name, layout, kind) for world in (2, 8) for name in REQUIRED for layout in LAYOUTS
+        for kind in ("dense", "packed resumed")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pool", "name", "layout", "kind"), ALL + SOME, indirect=["pool"])
+def test_ranks_are_one_process(pool: Pool, built: Built, name: str, layout: str, kind: str) -> None:
+    case = replace(CASES[name], folder=built[name, layout], **KINDS[kind])
+    if name in WHOLE:
+        case = replace(case, resumed=False)
+    compare(case, pool)
+
+
+# -- ranks that are lost -----------------------------------------------------------------------------------------------
+
+TIMEOUT = 3.0
+WORLD = 4
+OPERATION = re.compile(r"(scan_|ring_|last )\w+ \(\w+\.spec:\d+\), (for|back)ward|unshard|reduce_gradients")
+LOST = [("killed", 2, "file"), ("killed", 0, "tcp"), ("stopped", 1, "file"), ("stopped", 0, "tcp"), ("stuck", 3, "tcp")]
+
+
+def steps(rank: int, world: int, case: Case, stuck: int) -> str:
+    """Forward and backward for ever; a rank that is stuck sleeps after some steps."""
+    plan = plan_of(case.folder, world, TIMEOUT)
+    for step in itertools.count():
+        if rank == stuck and step == 3:
+            time.sleep(3 * TIMEOUT)
+        run(case, plan)
+    raise AssertionError
+
+
+SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
+
+
+@pytest.mark.parametrize(("event", "lost", "store"), LOST)
+def test_a_lost_rank_ends_the_others(built: Built, event: str, lost: int, store: str) -> None:
+    """Within the time-out and five seconds all others raise an error that names the rank and the operation."""
+    case = replace(CASES["hybrid"], folder=built["hybrid", "zigzag"])
+    pool = Pool(WORLD, store=store)
+    try:
+        pool.start(steps, case, lost if event == "stuck" else -1)
+        time.sleep(2.0 + 1.5 * random.Random(f"{event}{lost}{store}").random())
+        if event != "stuck":
+            os.kill(pool.processes[lost].pid or 0, SIGNALS[event])
+        begin = time.monotonic()
+        for rank in (r for r in range(WORLD) if r != lost):
+            good, message = pool.result(rank, TIMEOUT + 5 - (time.monotonic() - begin))
+            first = message.splitlines()[0]
+            assert not good and re.search(rf"rank {lost}\b[^;:]* (does not answer|did not come)", first), message
+            assert OPERATION.search(first), first
+    finally:
+        pool.close()
