@@ -23,6 +23,8 @@ class Body(Loops):
     def __init__(self, unit: Unit, lines: Lines, w: Writer, owner: str, prefix: str = "") -> None:
         super().__init__(unit, lines, w)
         self.owner, self.prefix = owner, prefix
+        if unit.parallel is not None:
+            self.taken.add("plan")
         self.operations = {op.node.id: op.method(prefix) for op in operations(unit)}
         self.halos: dict[str, str] = {}
         self.scans = {

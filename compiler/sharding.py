@@ -28,7 +28,7 @@ class _Reasons:
     """What reads a sharded sequence otherwise than token by token, through a scan, a shift back or an attention."""
 
     def __init__(self, graph: Graph, axis: str) -> None:
-        self.graph, self.axis = graph, axis
+        self.graph, self.axis, self.users = graph, axis, graph.users()
 
     def along(self, axis: str | None) -> bool:
         """Whether an axis is the sharded sequence, or chunks of it."""
@@ -52,7 +52,7 @@ class _Reasons:
 
     def moves(self, node: N.AnyNode) -> str:
         """Why a node needs tokens of other ranks; empty if it does not, or gets them."""
-        if isinstance(node, N.Segment) and self.along(node.chunk):
+        if isinstance(node, N.Segment) and self.along(node.chunk) and not self.counted(node):
             return f"'{node.chunk}' are chunks of it"
         if isinstance(node, N.Reduce) and any(map(self.along, node.over)):
             return "this is a reduction along it"
@@ -60,17 +60,36 @@ class _Reasons:
             return "this is a normaliser along it"
         if isinstance(node, N.Length) and self.along(node.axis):
             return "this is its length"
-        if isinstance(node, N.Gather | N.Scatter) and self.along(node.axis):
+        if (
+            isinstance(node, N.Gather | N.Scatter)
+            and self.along(node.axis)
+            and not isinstance(self.graph[node.arg], N.Bounds)
+        ):
             return "this reads computed positions"
         if isinstance(node, N.Shift) and self.along(node.axis) and not node.by.params() and node.by.evaluate({}) < 0:
             return "this shift looks ahead"
         return ""
 
+    def counted(self, chunks: N.Segment) -> bool:
+        """Whether chunks only serve to say in which one a position lies, and where that begins: of fixed ones a rank
+        knows both by itself."""
+        over = [n for n in self.graph.nodes if chunks.chunk in n.axes]
+        firsts = all(
+            isinstance(n, N.Bounds)
+            and n.fn == "first"
+            and all(isinstance(u, N.Gather) and isinstance(self.graph[u.index], N.Bounds) for u in self.users[n.id])
+            for n in over
+        )
+        within = any(isinstance(n, N.Scan | N.Recur) and n.within == chunks.chunk for n in self.graph.nodes)
+        rows = any(s.axis == chunks.chunk for n in self.graph.of_kind(N.Attend) for s in n.sources)
+        whole = any(isinstance(n, N.Normalize) and n.chunk == chunks.chunk for n in self.graph.nodes)
+        return chunks.rule == "fixed" and firsts and not (within or rows or whole)
+
     def each_sequence(self, node: N.AnyNode) -> bool:
         """Whether a value has no sequence, but comes from inputs. A last state only counts where it is used."""
         if any(self.graph.axis[a].is_sequence for a in node.axes) or isinstance(node, N.Input):
             return False
-        if isinstance(node, N.Out) and not self.graph.users()[node.id]:
+        if isinstance(node, N.Out) and not self.users[node.id]:
             return node.id in (id_ for _, id_ in self.graph.outputs)
         return any(isinstance(self.graph[i], N.Input) for i in self.graph.reachable([node.id]))
 

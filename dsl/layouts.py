@@ -13,6 +13,7 @@ from chunkc.ir.graph import Parallel, Unit
 
 LAYOUTS = ("contiguous", "zigzag", "auto")
 WAYS = {"attention": "ring", "recurrence": "state_allgather"}
+WORDS = ("over", "by", "attention", "recurrence")  # of the language, which name nothing
 NOT_BUILT = ("striped", "ulysses", "token_ring", "usp", "kv_allgather", "state_ring", "state_scan")
 
 
@@ -82,11 +83,14 @@ class _Block:
                        "'recurrence via state_allgather'")  # fmt: skip
 
     def read_mesh(self, lines: tuple[T.Setting, ...]) -> None:
-        for word in (w for line in lines for w in line.words if w.text != ","):
-            if not word.text.isidentifier() or word.text in self.mesh:
-                self.wrong(f"'{word.text}' is no new name of an axis", word.span, "write 'mesh { data, ring }'")
-                return
-            self.mesh[word.text] = word.span
+        for line in lines:
+            for k, word in enumerate(line.words):
+                name = word.text.isidentifier() and word.text not in WORDS and word.text not in self.mesh
+                if line.inner is not None or (word.text != "," if k % 2 else not name):
+                    self.wrong("these are not names of axes, each once", word.span, "write 'mesh { data, ring }'")
+                    return
+                if name:
+                    self.mesh[word.text] = word.span
 
     def read_shard(self, line: T.Setting) -> None:
         """`shard AXIS over NAME [layout LAYOUT]`."""
@@ -94,7 +98,8 @@ class _Block:
         if self.shard is not None:
             self.later("shard", line.span, "one axis is sharded, over one axis of the mesh")
         elif rest and rest[0].text == "(":
-            self.later("over several axes", rest[0].span, "shard over one axis of the mesh")
+            last = next((w for w in rest if w.text == ")"), rest[0])
+            self.later("over several axes", rest[0].span.to(last.span), "shard over one axis of the mesh")
         elif len(line.words) not in (4, 6) or line.words[2].text != "over" or rest[1:2] and rest[1].text != "layout":
             self.wrong("this is no line of a parallel layout", line.span, "write 'shard t over ring layout auto'")
         else:

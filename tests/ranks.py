@@ -28,8 +28,8 @@ WAIT = 60.0
 
 @dataclass(frozen=True)
 class Case:
-    """A unit of a package at `folder`, its sizes, and a batch: `inputs` are trailing shapes, or a number of integers;
-    `whole` inputs are over a sequence e that all ranks have."""
+    """A unit of a package at `folder`, its sizes, and a batch: `inputs` are trailing shapes, a number of integers, or
+    True for truth values; `whole` inputs are over a sequence e that all ranks have."""
 
     folder: str
     unit: str
@@ -61,7 +61,8 @@ def tensors(case: Case, tokens: int, seed: int) -> dict[str, Tensor]:
     for name, shape in case.inputs.items():
         length = 7 * (1 if case.cu_seqlens is None else len(case.cu_seqlens) - 1) if name in case.whole else tokens
         if isinstance(shape, int):
-            made[name] = torch.randint(shape, (case.batch, length), generator=gen).sort(1).values
+            drawn = torch.randint(max(shape, 2), (case.batch, length), generator=gen)
+            made[name] = drawn.bool() if shape is True else drawn.sort(1).values
             continue
         x = torch.randn((case.batch, length, *shape), generator=gen, dtype=torch.float64)
         low, high = case.ranges.get(name, (0.0, 0.0))

@@ -34,12 +34,13 @@ OPS = {
     "gates": """
 op gates(heads: int, dk: int, dv: int) {
   axes { t: time, h = heads, i = dk, j = dv }
-  input q[t, h, i], w[t, h, j], k[t, h, i], v[t, h, j], a[t, h, i] in [0, 1], f[t, h, j] in [-inf, 0]
+  input q[t, h, i], w[t, h, j], rest_i[t, h, i], v[t, h, j], a[t, h, i] in [0, 1], f[t, h, j] in [-inf, 0]
+  plan = q * 2
   recurrence over t {
     state S[h, i, j], Z[h, i, j] = 0.5
-    S = a * exp(f) * S + k * v
-    Z = Z + k * v
-    o = sum[i](q * S)
+    S = a * exp(f) * S + rest_i * v
+    Z = Z + rest_i * v
+    o = sum[i](plan * S)
     p = sum[j](w * S) + 0.1 * sum[j](w * Z)
   }
   output o, p
@@ -127,7 +128,7 @@ CASES = {
     "causal_attention": Case("", "CausalAttention", {"d_model": 16, "heads": 4, "kv": 2}, {"x": (16,)}),
     "hybrid": Case("", "Hybrid", {"d_model": 16, "heads": 2, "window": 9}, {"x": (16,)}),
     "rwkv6": Case("", "RWKV6", {"d_model": 16, "heads": 2}, {"x": (16,)}),
-    "gates": Case("", "gates", HEADS | {"dv": 3}, {"q": (2, 4), "w": (2, 3), "k": (2, 4), "v": (2, 3), "a": (2, 4),
+    "gates": Case("", "gates", HEADS | {"dv": 3}, {"q": (2, 4), "w": (2, 3), "rest_i": (2, 4), "v": (2, 3), "a": (2, 4),
                   "f": (2, 3)}, ranges={"a": (0.0, 1.0), "f": (-3.0, 0.0)}),
     "vectors": Case("", "vectors", {"n": 4}, {"x": (4,), "a": (4,), "b": (4,)}, ranges={"a": (0.0, 1.0)}),
     "back": Case("", "back", {"n": 3}, {"x": (3,), "d": 5}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chunkc.backends.operations import Operation, operations
-from chunkc.backends.scan import ScanForm, scan_form
+from chunkc.backends.scan import Operand, ScanForm, scan_form
 from chunkc.backends.writer import Lines, Writer
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Parallel, Unit
@@ -84,7 +84,7 @@ def _operation(unit: Unit, prefix: str, op: Operation, lines: Lines, w: Writer) 
 def _scan(scan: N.Scan, name: str, form: ScanForm, what: str, sent: str, lines: Lines, w: Writer) -> None:
     """From each token to the end of its piece, and the piece as a whole: how much of a state is kept, what is added."""
     matrix = bool(scan.i or scan.j)
-    given = [*(g.name for g in form.gates), *(o.name for pair in form.writes for o in pair)] if matrix else ["a", "b"]
+    given = [*map(_named, form.gates), *(_named(o) for pair in form.writes for o in pair)] if matrix else ["a", "b"]
     typed = ", ".join(f"{n}: Tensor" for n in given)
     with w.indented(f"def {name}(self, seq: Segments, initial: Tensor, {typed}) -> Tensor:"):
         w(f'"""{lines.code(scan.span)}')
@@ -104,14 +104,20 @@ def _scan(scan: N.Scan, name: str, form: ScanForm, what: str, sent: str, lines: 
         w(f"return seq.enter({what}, initial, ({kept}), update{more}{', stop=True' if scan.stop else ''})")
 
 
+def _named(operand: Operand) -> str:
+    """An operand's name, another one where the function has it itself."""
+    own = operand.name in ("rest_i", "rest_j", "across_i", "across_j")
+    return f"{operand.name}_given" if own else operand.name
+
+
 def _matrix(form: ScanForm, w: Writer) -> None:
     for g in form.gates:
-        w(f"rest_{g.side}, across_{g.side} = seq.decay({g.name}, log={not g.raw})")
+        w(f"rest_{g.side}, across_{g.side} = seq.decay({_named(g)}, log={not g.raw})")
     terms = []
     for pair in form.writes:
-        texts = [f"rest_{o.side} * seq.by_piece({o.name})" if form.gate(o.side) else f"seq.by_piece({o.name})"
+        texts = [f"rest_{o.side} * seq.by_piece({_named(o)})" if form.gate(o.side) else f"seq.by_piece({_named(o)})"
                  for o in pair]  # fmt: skip
         if not form.gates:
-            texts[0] = f"seq.undecayed({pair[0].name})"
+            texts[0] = f"seq.undecayed({_named(pair[0])})"
         terms.append(f'torch.einsum("pthi, pthj -> phij", {", ".join(texts)})')
     w(f"update = {' + '.join(terms)}")
