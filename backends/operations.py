@@ -8,6 +8,7 @@ from typing import Literal
 from chunkc.backends.states import histories
 from chunkc.backends.writer import identifier
 from chunkc.ir import nodes as N
+from chunkc.ir.axes import DType
 from chunkc.ir.graph import Unit
 
 Kind = Literal["state_allgather", "halo", "ring"]
@@ -15,22 +16,26 @@ PREFIX: dict[Kind, str] = {"state_allgather": "scan", "halo": "halo", "ring": "r
 
 
 @dataclass(frozen=True)
+class Sent:
+    """A tensor that is sent: its axes beside the sequence, and its type."""
+
+    axes: tuple[str, ...]
+    dtype: DType
+
+
+@dataclass(frozen=True)
 class Operation:
-    """An operation of a plan. `parts` are the axes of the tensors that it sends, each once a piece (state_allgather) or
-    once a token: of `tokens` at the end of each piece (halo), of all (ring)."""
+    """An operation of a plan: `sent` goes to all ranks once a piece (state_allgather), for each of `tokens` at the end
+    of a piece (halo), or travels with every row (ring)."""
 
     kind: Kind
+    name: str
     node: N.AnyNode
-    parts: tuple[tuple[str, ...], ...]
+    sent: tuple[Sent, ...]
     tokens: str = ""
 
-    @property
-    def of(self) -> str:
-        """What the spec calls it."""
-        return self.node.name if isinstance(self.node, N.Scan) else self.node.id
-
-    def method(self, prefix: str) -> str:
-        return f"{PREFIX[self.kind]}_{prefix}{identifier(self.of)}"
+    def method(self, prefix: str = "") -> str:
+        return f"{PREFIX[self.kind]}_{prefix}{identifier(self.name)}"
 
 
 def is_sharded(unit: Unit, axis: str | None) -> bool:
@@ -41,20 +46,19 @@ def is_sharded(unit: Unit, axis: str | None) -> bool:
 def operations(unit: Unit) -> list[Operation]:
     """A unit's operations, in the order of the graph."""
     found: list[Operation] = []
-    graph, rows = unit.graph, {f.node: f.rows or "" for f in histories(unit.graph)}
+    graph, kept_tokens = unit.graph, {f.node: f for f in histories(unit.graph)}
     for node in graph.nodes:
         if isinstance(node, N.Scan) and is_sharded(unit, node.axis):
             state = (*node.batch, *node.i, *node.j)
-            gates = [tuple(a for a in state if a in node.batch or a in graph[g.arg].axes) for g in node.gates]
-            if not (node.i or node.j):
-                gates = [state]
-            found.append(Operation("state_allgather", node, (*gates, state)))
-        elif isinstance(node, N.Shift | N.Conv) and node.id in rows and is_sharded(unit, node.axis):
-            own = tuple(a for a in graph[node.arg].axes if a != node.axis)
-            found.append(Operation("halo", node, (own,), rows[node.id]))
+            kept = [tuple(a for a in state if a in node.batch or a in graph[g.arg].axes) for g in node.gates]
+            parts = [*(kept if node.i or node.j else [state]), state]
+            found.append(Operation("state_allgather", node.name, node, tuple(Sent(axes, node.dtype) for axes in parts)))
+        elif isinstance(node, N.Shift | N.Conv) and node.id in kept_tokens and is_sharded(unit, node.axis):
+            field = kept_tokens[node.id]
+            found.append(Operation("halo", field.name, node, (Sent(field.axes, field.dtype),), field.rows or ""))
         elif isinstance(node, N.Attend) and is_sharded(unit, node.query):
             over = {s.axis for s in node.sources if is_sharded(unit, s.axis)}
-            moving = {n.outer: tuple(a for a in n.axes if a not in over)
+            moving = {n.outer: Sent(tuple(a for a in n.axes if a not in over), n.dtype)
                       for n in node.body.of_kind(N.Capture) if over & set(n.axes)}  # fmt: skip
-            found.append(Operation("ring", node, tuple(moving.values())))
+            found.append(Operation("ring", node.id, node, tuple(moving.values())))
     return found

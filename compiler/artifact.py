@@ -41,8 +41,8 @@ MANIFEST = "manifest.json"
 STALE_SECONDS = 600.0  # writing takes milliseconds, so a temporary folder of this age has lost its process
 MODULES = frozenset(
     ("__future__", "atexit", "collections", "contextlib", "dataclasses", "datetime", "enum", "functools", "itertools",
-     "math", "numbers", "operator", "os", "threading", "time", "torch", "triton", "types", "typing", "warnings",
-     "weakref")
+     "math", "numbers", "operator", "os", "signal", "sys", "threading", "time", "torch", "triton", "types", "typing",
+     "warnings", "weakref")
 )  # fmt: skip
 OF_OS = frozenset(("environ", "getenv"))
 FORBIDDEN_CALLS = frozenset(("eval", "exec", "compile", "__import__", "open"))

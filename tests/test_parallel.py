@@ -7,14 +7,18 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from ranks import Case, Pool, case_on_ranks, plan_of, run
+from ranks import Case, Pool, case_on_ranks, package, plan_of, run
+from torch.distributed.device_mesh import init_device_mesh
 
 import chunkc
 
@@ -191,12 +195,14 @@ KINDS = {
 
 
 REQUIRED = ("gated_linear_attention", "mamba2", "causal_attention", "hybrid")
-ALL = [(4, name, layout, kind) for name in CASES for layout in LAYOUTS for kind in KINDS]
-SOME = [(world, name, layout, kind) for world in (2, 8) for name in REQUIRED for layout in LAYOUTS
-        for kind in ("dense", "packed resumed")]  # fmt: skip
+FIT = {"contiguous": ("dense", "packed resumed"), "zigzag": ("resumed", "packed", "short")}
+BATCHES = [(4, name, layout, kind) for name in CASES for layout in LAYOUTS for kind in KINDS
+           if name in REQUIRED or kind in FIT[layout]]  # fmt: skip
+BATCHES += [(world, name, layout, kind) for world in (2, 8) for name in REQUIRED
+            for layout, kind in (("contiguous", "dense"), ("zigzag", "packed resumed"))]  # fmt: skip
 
 
-@pytest.mark.parametrize(("pool", "name", "layout", "kind"), ALL + SOME, indirect=["pool"])
+@pytest.mark.parametrize(("pool", "name", "layout", "kind"), BATCHES, indirect=["pool"])
 def test_ranks_are_one_process(pool: Pool, built: Built, name: str, layout: str, kind: str) -> None:
     case = replace(CASES[name], folder=built[name, layout], **KINDS[kind])
     if name in WHOLE:
@@ -204,9 +210,67 @@ def test_ranks_are_one_process(pool: Pool, built: Built, name: str, layout: str,
     compare(case, pool)
 
 
+def case_on_mesh(rank: int, world: int, case: Case) -> dict[str, torch.Tensor]:
+    return run(case, plan_of(case.folder, world, data=2))
+
+
+@pytest.mark.parametrize("pool", [4], indirect=True)
+def test_two_rings_of_a_mesh(pool: Pool, built: Built) -> None:
+    case = replace(CASES["hybrid"], folder=built["hybrid", "zigzag"], resumed=True)
+    wanted = run(case)
+    for found in pool(case_on_mesh, case):
+        for name in wanted:
+            close(name, wanted[name], found[name])
+
+
+def wrong(rank: int, world: int, folder: str) -> list[str]:
+    """What wrong meshes and batches are told."""
+    made, plan = package(folder), plan_of(folder, world)
+    layer = made.Hybrid(d_model=16, heads=2)
+    x = torch.zeros(1, 8, 16)
+    calls = [
+        lambda: made.Plan(init_device_mesh("cpu", (world,), mesh_dim_names=("rung",))),
+        lambda: made.Plan(init_device_mesh("cpu", (world,), mesh_dim_names=("data",))),
+        lambda: made.Plan(init_device_mesh("cpu", (world,))),
+        lambda: plan.shard(torch.zeros(2, 12, 16)),
+        lambda: plan.shard(torch.zeros(4)),
+        lambda: layer(x[:, :7], plan=plan),
+        lambda: layer(x, cu_seqlens=torch.tensor([0, 8]), plan=plan),
+    ]
+    told = []
+    for call in calls:
+        try:
+            call()
+            told.append("")
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+@pytest.mark.parametrize("pool", [4], indirect=True)
+def test_wrong_meshes_and_batches(pool: Pool, built: Built) -> None:
+    wanted = ("an axis 'rung'", "no axis 'ring'", "no axis 'ring'", "multiple of 8, not [2, 12, 16]", "multiple of 8",
+              "2 pieces of equal size, not 7 tokens", "they end at 8, and 4 ranks have 8 tokens each")  # fmt: skip
+    for told in pool(wrong, built["hybrid", "zigzag"]):
+        for part, message in zip(wanted, told, strict=True):
+            assert part in message, (part, message)
+
+
+def test_without_a_plan_nothing_changes(tmp_path: Path, built: Built) -> None:
+    """A layer of a file with a layout is bit for bit that of the file without one."""
+    x = torch.randn(2, 40, 16, dtype=torch.float64)
+    outs = []
+    for folder in (str(chunkc.build(ROOT / "specs" / "hybrid.spec", tmp_path)), built["hybrid", "zigzag"]):
+        torch.manual_seed(0)
+        layer = package(folder).Hybrid(d_model=16, heads=2, window=9, dtype=torch.float64)
+        y, state = layer(x, layer.init_state(2, dtype=torch.float64))
+        outs.append([y, *layer.step(x[:, 0], state)[:1], state.a_S, *torch.autograd.grad(y.sum(), layer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
+
+
 # -- ranks that are lost -----------------------------------------------------------------------------------------------
 
-TIMEOUT = 3.0
+TIMEOUT = 2.0
 WORLD = 4
 OPERATION = re.compile(r"(scan_|ring_|last )\w+ \(\w+\.spec:\d+\), (for|back)ward|unshard|reduce_gradients")
 LOST = [("killed", 2, "file"), ("killed", 0, "tcp"), ("stopped", 1, "file"), ("stopped", 0, "tcp"), ("stuck", 3, "tcp")]
@@ -243,3 +307,38 @@ def test_a_lost_rank_ends_the_others(built: Built, event: str, lost: int, store:
             assert OPERATION.search(first), first
     finally:
         pool.close()
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    """The example gives what one process does; when a worker is killed the job ends, and who it was is said."""
+    folder = chunkc.build(ROOT / "specs" / "parallel_hybrid.spec", tmp_path)
+    script = [str(ROOT / "examples" / "train_parallel.py"), str(folder), "--steps", "100000", "--timeout", "4"]
+    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *script],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    try:
+        assert job.stdout is not None
+        losses = [float(job.stdout.readline().split()[-1]) for _ in range(3)]
+        workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        os.kill(int(workers[1]), signal.SIGKILL)
+        _, said = job.communicate(timeout=4 + 5)
+    finally:
+        job.kill()
+    assert job.returncode != 0 and "rank 1 does not answer" in said
+    assert losses == pytest.approx(trained(package(str(folder)), 3), abs=2e-4)
+
+
+def trained(made: ModuleType, steps: int) -> list[float]:
+    """The example's losses in one process."""
+    torch.manual_seed(0)
+    layer = made.ParallelHybrid(d_model=32, heads=2, window=64)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(2, 512, 32)
+        loss = (layer(x) - x.roll(2, 1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

@@ -70,7 +70,10 @@ class Distributed:
                 w.grad = torch.zeros_like(w) if w.grad is None else w.grad
                 self.ranks.total(w.grad, "reduce_gradients")
 
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the ranks of what each has, without a gradient."""
+        return self.ranks.total(x.detach().clone(), "total")
+
     def mean(self, total: Tensor, count: int | Tensor) -> Tensor:
         """A rank's share of the mean over all ranks' tokens, from its own sum and count: the shares add up to it."""
-        every = torch.as_tensor(count, dtype=total.dtype, device=total.device).clone()
-        return total / self.ranks.total(every, "mean").clamp(min=1)
+        return total / self.total(torch.as_tensor(count, dtype=total.dtype, device=total.device)).clamp(min=1)

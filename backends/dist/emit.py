@@ -62,7 +62,7 @@ def _head(layout: Parallel, lines: Lines, w: Writer) -> None:
 def _operation(unit: Unit, prefix: str, op: Operation, lines: Lines, w: Writer) -> None:
     name = op.method(prefix)
     what = f'"{name} ({lines.place(op.node.span)})"'
-    sent = " and ".join(f"[{', '.join(axes)}]" for axes in op.parts) or "nothing"
+    sent = " and ".join(f"[{', '.join(s.axes)}]" for s in op.sent) or "nothing"
     if isinstance(op.node, N.Scan):
         _scan(op.node, name, scan_form(op.node, {n.id: n.axes for n in unit.graph.nodes}), what, sent, lines, w)
     elif op.kind == "halo":

@@ -7,6 +7,8 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -126,9 +128,10 @@ class Ranks:
                 raise RuntimeError("another rank failed before")
             yield
         except Exception as error:
-            here = f"rank {watch.rank} of {self.members}"
-            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RuntimeError(f"{what}: {watch.blame()}. This is {here}; it saw: {cause}") from error
+            cause = (str(error) or type(error).__name__).splitlines()[0][:200]
+            with _terminated_later() as said:
+                said.append(f"{what}: {watch.blame()}. This is rank {watch.rank} of {self.members}; it saw: {cause}")
+            raise RuntimeError(said[0]) from error
         watch.doing = f"past {what}"
 
     def gather(self, x: Tensor, what: str) -> Tensor:
@@ -162,6 +165,25 @@ class Ranks:
     def pass_on(self, values: list[Tensor], what: str) -> Passing:
         """Send values to the next rank of the ring, and take those of the one before."""
         return Passing(self, values, what)
+
+
+@contextmanager
+def _terminated_later() -> Iterator[list[str]]:
+    """Let a SIGTERM wait until it is known who failed: a launcher that sees a rank end sends one to the others at once.
+    Then what was said is printed before it."""
+    said: list[str] = []
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield said
+        return
+    came = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield said
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if came.is_set():
+            print(*said, file=sys.stderr, flush=True)
+            signal.raise_signal(signal.SIGTERM)
 
 
 class Passing:
