@@ -107,10 +107,11 @@ class Ranks:
         self.size, self.rank = len(self.members), mesh.get_local_rank(axis)
         self.watch: Watch | None = None
         if self.size > 1:
-            self.group = dist.new_group(self.members, timeout=timeout, use_local_synchronization=True)
             found: Any = distributed_c10d._get_default_store()
             store = distributed_c10d.PrefixStore(f"plan/{next(_made)}/{self.members[0]}", found.clone())
             self.watch = Watch(store, self.members[self.rank], self.members)
+            with self.operation("Plan"):
+                self.group = dist.new_group(self.members, timeout=timeout, use_local_synchronization=True)
 
     def close(self) -> None:
         """Stop looking for alarms."""
