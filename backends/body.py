@@ -25,7 +25,7 @@ class Body(Loops):
         self.owner, self.prefix = owner, prefix
         if unit.parallel is not None:
             self.taken.add("plan")
-        self.operations = {op.node.id: op.method(prefix) for op in operations(unit)}
+        self.operations = {op.node.id: op for op in operations(unit)}
         self.halos: dict[str, str] = {}
         self.scans = {
             n.id: scan_form(n, {x.id: x.axes for x in self.graph.nodes}, prefix) for n in matrix_scans(self.graph)
@@ -78,7 +78,13 @@ class Body(Loops):
             return True
         if isinstance(node, N.Bounds) and all(isinstance(u, N.Gather) for u in users) and node.id not in kept:
             return True
-        if node.id in kept or node.id in self.fields or is_name(node.id) and not generic(node):
+        if (
+            node.id in kept
+            or node.id in self.fields
+            or node.id in self.operations
+            or is_name(node.id)
+            and not generic(node)
+        ):
             return False
         if isinstance(node, N.Reduce) and self.over_sequence(node):
             return False
@@ -152,11 +158,10 @@ class Body(Loops):
             self.names[node.id] = f"{self.owner}{self.attribute(node.name)}"
 
     def halo(self, graph: Graph, node: N.Shift | N.Conv) -> None:
-        """The tokens before each sequence, or with a plan before each segment of one."""
-        given, field = self.history(node), self.fields[node.id]
-        arg = self.text(graph, node.arg)[0]
-        call = f"plan.{self.operations[node.id]}({self.main}, {arg}, {field.rows}, {given})"
-        self.halos[node.id] = self.fresh(f"{field.name}_halo")
+        """The tokens before each sequence, or with a plan before each segment of one, or behind it."""
+        given, op = self.history(node), self.operations[node.id]
+        call = f"plan.{op.method(self.prefix)}({self.main}, {self.text(graph, node.arg)[0]}, {op.tokens}, {given})"
+        self.halos[node.id] = self.fresh(f"{op.name}_halo")
         self.w(f"{self.halos[node.id]} = {given} if plan is None else {call}")
 
     def assign(self, graph: Graph, node: N.AnyNode) -> None:
@@ -202,7 +207,8 @@ class Body(Loops):
             if field is not None and not self.whole
         }
         start = self.start(node.query) if node.query is not None else "None"
-        call(self, form, self.attentions[node.id], cached, start, self.operations.get(node.id, ""))
+        ring = self.operations[node.id].method(self.prefix) if node.id in self.operations else ""
+        call(self, form, self.attentions[node.id], cached, start, ring)
 
     def outs(self, node: N.AnyNode) -> dict[int, N.Out]:
         return {u.index: u for u in self.users_in(self.graph)[node.id] if isinstance(u, N.Out)}
@@ -259,8 +265,8 @@ class Body(Loops):
             call[k] = laid
         name = self.fresh(f"{identifier(node.name)}_enter")
         given = f"{initial}.reshape((_documents, {size}))"
-        plan = f"plan.{self.operations[node.id]}({self.main}, {given}, {', '.join(call[: len(names)])})"
-        self.w(f"{name} = {given} if plan is None else {plan}")
+        method, read = self.operations[node.id].method(self.prefix), ", ".join(call[: len(names)])
+        self.w(f"{name} = {given} if plan is None else plan.{method}({self.main}, {given}, {read})")
         return name
 
     def operand(self, id_: str | None, node: N.Scan, axes: tuple[str, ...], home: str, idle: str) -> str:

@@ -25,7 +25,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation of a plan: `sent` goes to all ranks once a piece (state_allgather), for each of `tokens` at the end
+    """An operation of a plan: `sent` goes to all ranks once a piece (state_allgather), for each of `tokens` at an end
     of a piece (halo), or travels with every row (ring)."""
 
     kind: Kind
@@ -43,6 +43,11 @@ def is_sharded(unit: Unit, axis: str | None) -> bool:
     return unit.parallel is not None and axis is not None and unit.graph.axis[axis].space == unit.parallel.axis
 
 
+def ahead(node: N.Shift) -> int:
+    """How many tokens a shift looks ahead; 0 if it does not."""
+    return 0 if node.by.params() else max(-int(node.by.evaluate({})), 0)
+
+
 def operations(unit: Unit) -> list[Operation]:
     """A unit's operations, in the order of the graph."""
     found: list[Operation] = []
@@ -56,6 +61,12 @@ def operations(unit: Unit) -> list[Operation]:
         elif isinstance(node, N.Shift | N.Conv) and node.id in kept_tokens and is_sharded(unit, node.axis):
             field = kept_tokens[node.id]
             found.append(Operation("halo", field.name, node, (Sent(field.axes, field.dtype),), field.rows or ""))
+        elif isinstance(node, N.Shift) and is_sharded(unit, node.axis) and (count := ahead(node)):
+            own = tuple(a for a in node.axes if a != node.axis)
+            name, names = f"{node.arg}_after", {op.name for op in found}
+            while name in names:
+                name += "_"
+            found.append(Operation("halo", name, node, (Sent(own, node.dtype),), str(count)))
         elif isinstance(node, N.Attend) and is_sharded(unit, node.query):
             over = {s.axis for s in node.sources if is_sharded(unit, s.axis)}
             moving = {n.outer: Sent(tuple(a for a in n.axes if a not in over), n.dtype)

@@ -19,13 +19,13 @@ def refusals(unit: Unit) -> list[Diagnostic]:
     return [
         error("not-sharded", f"'{unit.name}' cannot be shared over '{unit.parallel.axis}': {why}", span or unit.span,
               related=((unit.parallel.span, "the layout"),),
-              hints=("this version shares shifts back, convolutions, recurrences in chunk form, and attention",))
+              hints=("this version shares shifts, convolutions, recurrences in chunk form, and attention",))
         for span, why in found
     ]  # fmt: skip
 
 
 class _Reasons:
-    """What reads a sharded sequence otherwise than token by token, through a scan, a shift back or an attention."""
+    """What reads a sharded sequence otherwise than token by token, through a scan, a shift or an attention."""
 
     def __init__(self, graph: Graph, axis: str) -> None:
         self.graph, self.axis, self.users = graph, axis, graph.users()
@@ -66,8 +66,6 @@ class _Reasons:
             and not isinstance(self.graph[node.arg], N.Bounds)
         ):
             return "this reads computed positions"
-        if isinstance(node, N.Shift) and self.along(node.axis) and not node.by.params() and node.by.evaluate({}) < 0:
-            return "this shift looks ahead"
         return ""
 
     def counted(self, chunks: N.Segment) -> bool:

@@ -69,7 +69,8 @@ op back(n: int) {
   input x[t, e], d[t]: int
   near = x[t = t - 1] * 2 + x[t = t - 5]
   same = where(d[t = t - 2] == d, 1.0, 0.5)
-  output y = near * same + x * (near[t = t - 3] + t)
+  far = x[t = t + 1] + near[t = t + 6] * where(d[t = t + 1] == d, 1.0, 0.5)
+  output y = near * same + x * (near[t = t - 3] + t), far
 }""",
     "masks": """
 op masks(heads: int, kv: int, dk: int) {

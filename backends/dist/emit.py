@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chunkc.backends.operations import Operation, operations
+from chunkc.backends.operations import Operation, ahead, operations
 from chunkc.backends.scan import Operand, ScanForm, scan_form
 from chunkc.backends.writer import Lines, Writer
 from chunkc.ir import nodes as N
@@ -70,8 +70,10 @@ def _operation(unit: Unit, prefix: str, op: Operation, lines: Lines, w: Writer) 
                         "Tensor | None:"):  # fmt: skip
             w(f'"""{lines.code(op.node.span)}')
             w()
-            w(f'A halo: the last {op.tokens} tokens of each piece go to all ranks, {sent} numbers each."""')
-            w(f"return seq.halo({what}, x, count, history)")
+            behind = isinstance(op.node, N.Shift) and ahead(op.node)
+            w(f'A halo: the {"first" if behind else "last"} {op.tokens} tokens of each piece go to all ranks, '
+              f'{sent} numbers each."""')  # fmt: skip
+            w(f"return seq.halo_behind({what}, x, count)" if behind else f"return seq.halo({what}, x, count, history)")
     else:
         with w.indented(f"def {name}(self, queries: Queries, sources: tuple[Source, ...], shape: tuple[int, ...], "
                         "weighted: str, dtype: torch.dtype) -> Tensor:"):  # fmt: skip

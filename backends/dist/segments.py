@@ -137,7 +137,7 @@ class Segments(Sequences):
     def halo(self, what: str, x: Tensor, count: int, history: Tensor | None) -> Tensor | None:
         """The `count` tokens before each segment [segments, count, ...], older ones from `history` [N, count, ...]."""
         if count < 0:
-            raise ValueError(f"{what}: a shift that looks ahead is not built over a parallel layout")
+            raise ValueError(f"{what}: over a parallel layout a shift whose distance is a parameter looks back")
         if count == 0:
             return history
         tail = min(count, self.size)
@@ -152,6 +152,28 @@ class Segments(Sequences):
         found = tails[torch.where(inside, index, 0)]
         kept = history.to(x.dtype)[self.document[:, None], old]
         return torch.where(inside.view(*inside.shape, *[1] * (found.dim() - 2)), found, kept)
+
+    def halo_behind(self, what: str, x: Tensor, count: int) -> Tensor:
+        """The `count` tokens behind each segment [segments, count, ...], 0 behind its document's end."""
+        head = min(count, self.size)
+        heads = self.pooled(self.by_piece(x)[:, :head], what).transpose(0, 1).flatten(0, 2)  # [B * K * head, ...]
+        rest = self.lengths[self.document] - self.before - self.offsets.diff()  # tokens of its document behind it
+        further = torch.arange(count, device=self.device)
+        place = ((self.piece + 1) * self.size)[:, None] + further  # in its row
+        inside = further < rest[:, None]
+        index = (self.row[:, None] * self.pieces + place // self.size) * head + place % self.size
+        found = heads[torch.where(inside, index, 0)]
+        return found.masked_fill(~inside.view(*inside.shape, *[1] * (found.dim() - 2)), 0)
+
+    def shift(self, x: Tensor, by: int, history: Tensor | None) -> Tensor:
+        """x[t - by]; `history` are the tokens before each segment, for a shift that looks ahead those behind it."""
+        out = super().shift(x, by, history)
+        if by >= 0 or history is None:
+            return out
+        flat = out.flatten(0, 1)
+        beyond = self.place - by - self.offsets.diff()[self.owner]
+        there = (beyond >= 0).view(-1, *[1] * (flat.dim() - 1))
+        return torch.where(there, history[self.owner, beyond.clamp(min=0)].to(x.dtype), flat).view_as(x)
 
     # -- what a call leaves ------------------------------------------------------------------------------------------
 
