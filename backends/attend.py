@@ -85,7 +85,7 @@ def call(p: Layout, form: Form, tiles: list[Tile], cached: dict[str, tuple[str, 
         w(f"{queries} = Places(None, count={p.main}.count, device=device)")
     else:
         own = p.seq(p.graph.axis[form.query].space)
-        w(f"{queries} = Places({own}, {start}){f' if plan is None else _ring.Queries({own})' if ring else ''}")
+        w(f"{queries} = Places({own}, {start}){f' if plan is None else _ring.queries_of({own})' if ring else ''}")
     places: dict[str, str] = {}
     laid: dict[tuple[str, str], str] = {}
     for source, tile in zip(node.sources, tiles):

@@ -289,7 +289,7 @@ def explain(session: Session, what: str, as_json: bool, mask: bool, length: int,
         if mask or png is not None:
             _draw(compiled, length, chosen, png)
             return session.finish()
-        found = facts(compiled, _mesh(compiled, mesh) if mesh else None)
+        found = facts(compiled, _mesh(compiled, mesh)) if mesh else facts(compiled)
         click.echo(json.dumps(found, indent=2) if as_json else render_facts(found).rstrip("\n"))
     return session.finish()
 

@@ -92,6 +92,37 @@ op masks(heads: int, kv: int, dk: int) {
   }
   output y
 }""",
+    "two": """
+op one(n: int) {
+  axes { t: time, e = n }
+  input x[t, e]
+  recurrence over t {
+    state s[e]
+    s = 0.5 * s + x
+  }
+  output s
+}
+op two(n: int) {
+  axes { t: time, e = n, p = 3 }
+  input x[t, e]
+  param s0[e]
+  u = one(x)
+  recurrence over t {
+    state s[e] = s0
+    s = sigmoid(x) * s + u
+  }
+  recurrence over p {
+    state z[t, e]
+    z = tanh(z + s + 0.1 * p)
+  }
+  output y = z + x[t = t - 1]
+}
+op other(n: int) {
+  axes { e: time, d = n }
+  input y[e, d]
+  output z = cumulated[e](y)
+}
+fn cumulated[a](y) = y / (1 + sum[a](abs(y)))""",
     "whole": """
 op whole(heads: int, dk: int) {
   axes { t: time, s = t, e: time, h = heads, i = dk }
@@ -139,6 +170,7 @@ CASES = {
     "back": Case("", "back", {"n": 3}, {"x": (3,), "d": 5}),
     "masks": Case("", "masks", {"heads": 4, "kv": 2, "dk": 3}, {"q": (4, 3), "k": (2, 3), "v": (2, 3), "doc": 4},
                   params={"b": (4,), "c": (4,)}),
+    "two": Case("", "two", {"n": 3}, {"x": (3,)}, params={"s0": (3,)}),
     "whole": Case("", "whole", HEADS, {"q": (2, 4), "k": (2, 4), "w": (2, 4), "v": (2, 4)}, whole=("w", "v")),
     "ahead": Case("", "ahead", HEADS, {"q": (2, 4), "k": (2, 4)}),
 }  # fmt: skip
@@ -277,14 +309,17 @@ OPERATION = re.compile(r"(scan_|ring_|last )\w+ \(\w+\.spec:\d+\), (for|back)war
 LOST = [("killed", 2, "file"), ("killed", 0, "tcp"), ("stopped", 1, "file"), ("stopped", 0, "tcp"), ("stuck", 3, "tcp")]
 
 
-def steps(rank: int, world: int, case: Case, stuck: int) -> str:
+def ready(rank: int, world: int, case: Case) -> None:
+    run(case, plan_of(case.folder, world, TIMEOUT))
+
+
+def steps(rank: int, world: int, case: Case, stuck: int) -> None:
     """Forward and backward for ever; a rank that is stuck sleeps after some steps."""
     plan = plan_of(case.folder, world, TIMEOUT)
     for step in itertools.count():
         if rank == stuck and step == 3:
             time.sleep(3 * TIMEOUT)
         run(case, plan)
-    raise AssertionError
 
 
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
@@ -296,8 +331,9 @@ def test_a_lost_rank_ends_the_others(built: Built, event: str, lost: int, store:
     case = replace(CASES["hybrid"], folder=built["hybrid", "zigzag"])
     pool = Pool(WORLD, store=store)
     try:
+        pool(ready, case)
         pool.start(steps, case, lost if event == "stuck" else -1)
-        time.sleep(2.0 + 1.5 * random.Random(f"{event}{lost}{store}").random())
+        time.sleep(random.Random(f"{event}{lost}{store}").uniform(0.2, 1.2))
         if event != "stuck":
             os.kill(pool.processes[lost].pid or 0, SIGNALS[event])
         begin = time.monotonic()

@@ -64,6 +64,12 @@ class Queries(Table):
         return x.flatten(0, 1)[self.slot].view(self.seq.rows, self.seq.tokens, *x.shape[2:])
 
 
+def queries_of(seq: Segments) -> Queries:
+    """The same for all attentions of a call."""
+    found: Queries = seq._once("queries", lambda: Queries(seq))
+    return found
+
+
 class Travelling(Places):
     """The rows of the sharded sequence. They travel as tokens; in front of them stand those of calls before, which all
     ranks have: `kept` of the queries' documents."""
@@ -134,13 +140,10 @@ class Ring:
 
     def hop(self, seq: Segments, rank: int) -> Hop | None:
         """What is read of a rank's rows; None if none of its documents is here."""
-        place = place_of(rank, seq.ranks.size, seq.layout, seq.rows, seq.tokens, seq.device)
-        common = torch.isin(self.queries.documents, torch.unique(seq.document_of(place)))
-        if not bool(common.any()):
+        met: tuple[Tensor | None, Table] | None = seq._once(f"rows of {rank}", lambda: _meet(self.queries, seq, rank))
+        if met is None:
             return None
-        chosen = None if bool(common.all()) else common.nonzero()[:, 0]
-        documents = self.queries.documents if chosen is None else self.queries.documents[chosen]
-        rows = Table(seq, rank, documents)
+        chosen, rows = met
         sources = tuple(replace(self.sources[k], rows=rows, operands=()) for k in self.travelling)
         queries = self.queries.cut(chosen)
         return Hop(Attention(queries, sources, self.shape, self.weighted, self.dtype), chosen, rows)
@@ -234,6 +237,16 @@ class Ring:
         for d in d_laid:
             if d is not None:
                 next(found)[hop.rows.token[there]] = d[there]
+
+
+def _meet(queries: Queries, seq: Segments, rank: int) -> tuple[Tensor | None, Table] | None:
+    """The documents that queries and a rank's rows have in common (None: all of the queries'), and these rows."""
+    place = place_of(rank, seq.ranks.size, seq.layout, seq.rows, seq.tokens, seq.device)
+    common = torch.isin(queries.documents, torch.unique(seq.document_of(place)))
+    if not bool(common.any()):
+        return None
+    chosen = None if bool(common.all()) else common.nonzero()[:, 0]
+    return chosen, Table(seq, rank, queries.documents if chosen is None else queries.documents[chosen])
 
 
 def _place(among: list[Tensor], x: Tensor) -> int:
