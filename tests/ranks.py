@@ -67,7 +67,7 @@ def tensors(case: Case, tokens: int, seed: int) -> dict[str, Tensor]:
         x = torch.randn((case.batch, length, *shape), generator=gen, dtype=torch.float64)
         low, high = case.ranges.get(name, (0.0, 0.0))
         if low < high:
-            x = (low + (high - low) * torch.sigmoid(x)).where(x > -1.5, low)  # the lower end, too
+            x = (high + (max(low, -3.0) - high) * torch.sigmoid(x)).where(x > -1.5, low)  # the lower end, too
         made[name] = x.requires_grad_()
     for name, shape in case.params.items():
         made[name] = torch.randn(shape, generator=gen, dtype=torch.float64).requires_grad_()

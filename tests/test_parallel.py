@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import re
@@ -88,6 +89,10 @@ op masks(heads: int, kv: int, dk: int) {
       value = k[t = u] + q
       mask = u < t and t - u < 6
     }
+    over u {
+      logit = -0.1 * abs(t - u) + b
+      mask = t - u > 3
+    }
     row { logit = b }
   }
   output y
@@ -165,7 +170,7 @@ CASES = {
     "hybrid": Case("", "Hybrid", {"d_model": 16, "heads": 2, "window": 9}, {"x": (16,)}),
     "rwkv6": Case("", "RWKV6", {"d_model": 16, "heads": 2}, {"x": (16,)}),
     "gates": Case("", "gates", HEADS | {"dv": 3}, {"q": (2, 4), "w": (2, 3), "rest_i": (2, 4), "v": (2, 3), "a": (2, 4),
-                  "f": (2, 3)}, ranges={"a": (0.0, 1.0), "f": (-3.0, 0.0)}),
+                  "f": (2, 3)}, ranges={"a": (0.0, 1.0), "f": (-math.inf, 0.0)}),
     "vectors": Case("", "vectors", {"n": 4}, {"x": (4,), "a": (4,), "b": (4,)}, ranges={"a": (0.0, 1.0)}),
     "back": Case("", "back", {"n": 3}, {"x": (3,), "d": 5}),
     "masks": Case("", "masks", {"heads": 4, "kv": 2, "dk": 3}, {"q": (4, 3), "k": (2, 3), "v": (2, 3), "doc": 4},

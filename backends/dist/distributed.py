@@ -48,14 +48,14 @@ class Distributed:
         if x.dim() < 2 or x.shape[1] == 0 or x.shape[1] % count:
             raise ValueError(f"a {self.layout} layout over {self.size} ranks wants [B, T, ...] with T a multiple of "
                              f"{count}, not {list(x.shape)}: pad the batch")  # fmt: skip
-        parts = x.reshape(x.shape[0], count, -1, *x.shape[2:])
+        parts = x.reshape(x.shape[0], count, x.shape[1] // count, *x.shape[2:])
         return torch.cat([parts[:, p] for p in own], 1)
 
     def unshard(self, x: Tensor) -> Tensor:
         """The whole batch [B, T, ...] on each rank, from the ranks' parts."""
         every = gathered(self.ranks, x, "unshard").flatten(0, 2)
         places = [place_of(r, self.size, self.layout, x.shape[0], x.shape[1], x.device) for r in range(self.size)]
-        return every[torch.cat(places).argsort()].view(x.shape[0], -1, *x.shape[2:])
+        return every[torch.cat(places).argsort()].view(x.shape[0], self.size * x.shape[1], *x.shape[2:])
 
     def segments(self, x: Tensor, cu_seqlens: Tensor | None, like: Tensor, start: Tensor | None) -> Segments:
         """Where this rank's tokens stand; `cu_seqlens` and `start` are those of the whole batch."""

@@ -30,7 +30,8 @@ class Table(Places):
         row[documents] = torch.arange(documents.numel(), device=seq.device)
         order = row[of].argsort(stable=True)[int((row[of] < 0).sum()) :]
         counts = torch.bincount(row[of[order]], minlength=documents.numel())
-        along, first = torch.arange(int(counts.max()), device=seq.device), counts.cumsum(0) - counts
+        longest = int(counts.max()) if documents.numel() else 0
+        along, first = torch.arange(longest, device=seq.device), counts.cumsum(0) - counts
         self.token: Tensor = order[first[:, None] + torch.minimum(along, counts[:, None] - 1)]
         self.there = along < counts[:, None]
         self.inside = self.there
@@ -85,7 +86,9 @@ class Travelling(Places):
 
     def lay(self, x: Tensor, cached: Tensor | None = None) -> Tensor:
         x = x.flatten(0, 1)
-        return x if cached is None else torch.cat([cached[self.queries.documents].to(x.dtype).flatten(0, 1), x])
+        if self.cached is None or cached is None:
+            return x
+        return torch.cat([cached[self.queries.documents].to(x.dtype).flatten(0, 1), x])
 
 
 class Whole(Places):
@@ -127,7 +130,10 @@ class Ring:
             travels = isinstance(source.rows, Travelling)
             moved = [travels and side == "r" for side in source.sides]
             self.where.append([(m, _place(self.moving if m else self.own, x)) for m, x in zip(moved, source.operands)])
+        kept = {id(x): s.rows.kept for s in sources if isinstance(s.rows, Travelling) for x in s.operands}
+        self.kept = [kept[id(x)] for x in self.moving]
         self.travelling = [k for k, s in enumerate(sources) if isinstance(s.rows, Travelling)]
+        self.resumed = [k for k in self.travelling if getattr(sources[k].rows, "kept", 0)]
         self.staying = [k for k in range(len(sources)) if k not in self.travelling]
         self.shape, self.weighted, self.dtype = shape, weighted, dtype
         self.sources = tuple(replace(s, operands=()) for s in sources)
@@ -135,8 +141,6 @@ class Ring:
         seq = queries.seq
         assert isinstance(seq, Segments)
         self.hops = [self.hop(seq, (ranks.rank - k) % ranks.size) for k in range(ranks.size if self.travelling else 0)]
-        rows = next((s.rows for s in sources if isinstance(s.rows, Travelling)), None)
-        self.kept = 0 if rows is None else rows.kept
 
     def hop(self, seq: Segments, rank: int) -> Hop | None:
         """What is read of a rank's rows; None if none of its documents is here."""
@@ -158,13 +162,14 @@ class Ring:
             out.append(x[chosen] if side == "q" and chosen is not None else x)
         return tuple(out)
 
-    def before(self, rows: list[Tensor]) -> list[Tensor]:
-        """The rows of calls before, one row a document: views of what travelling operands have in front."""
-        return [x[: self.kept].view(self.queries.at.shape[0], -1, *x.shape[1:]) for x in rows]
+    def before(self, x: Tensor, kept: int) -> Tensor:
+        """The rows of calls before, one row a document: a view of what a travelling operand has in front."""
+        count = self.queries.at.shape[0]
+        return x[:kept].view(count, kept // max(count, 1), *x.shape[1:])
 
     def walk(self, rows: list[Tensor], way: str) -> Iterator[tuple[Hop | None, list[Tensor], str]]:
         """Each hop with the rows that are here then, which already go on to the next rank."""
-        held = [x[self.kept :] for x in rows]
+        held = [x[n:] for x, n in zip(rows, self.kept)]
         for k, hop in enumerate(self.hops):
             what = f"{self.what}, {way}, hop {k + 1} of {len(self.hops)}"
             going = self.ranks.pass_on(held, what) if k + 1 < len(self.hops) else None
@@ -175,9 +180,9 @@ class Ring:
         sums = self.here.start()
         for k in self.staying:
             self.here.add(sums, self.sources[k], self.operands(k, own, []))
-        if self.kept:
-            for k in self.travelling:
-                self.here.add(sums, self.sources[k], self.operands(k, own, self.before(rows)))
+        before = [self.before(x, n) for x, n in zip(rows, self.kept)]
+        for k in self.resumed:
+            self.here.add(sums, self.sources[k], self.operands(k, own, before))
         for hop, held, _ in self.walk(rows, "forward"):
             if hop is None:
                 continue
@@ -194,11 +199,11 @@ class Ring:
         d_own, d_rows = no_gradients(tuple(own)), no_gradients(tuple(rows))
         for k in self.staying:
             self.here.add_gradients(self.sources[k], self.operands(k, own, []), self.pick(k, d_own, []), result)
-        if self.kept:
-            d_before = [None if d is None else self.before([d])[0] for d in d_rows]
-            for k in self.travelling:
-                ops = self.operands(k, own, self.before(rows))
-                self.here.add_gradients(self.sources[k], ops, self.pick(k, d_own, d_before), result)
+        before = [self.before(x, n) for x, n in zip(rows, self.kept)]
+        d_before = [None if d is None else self.before(d, n) for d, n in zip(d_rows, self.kept)]
+        for k in self.resumed:
+            grads = self.pick(k, d_own, d_before)
+            self.here.add_gradients(self.sources[k], self.operands(k, own, before), grads, result)
         going: Passing | None = None
         for hop, held, what in self.walk(rows, "backward"):
             found = [torch.zeros_like(x) for x in held if x.is_floating_point()]
@@ -208,9 +213,9 @@ class Ring:
             found = [a + b for a, b in zip(arrived, found)] if arrived else found
             going = self.ranks.pass_on(found, f"{what}, gradients")
         home = iter(going.wait() if going is not None else [])
-        for d in d_rows:
+        for d, n in zip(d_rows, self.kept):
             if d is not None:
-                d[self.kept :] = next(home)
+                d[n:] = next(home)
         return [*d_own, *d_rows]
 
     def pick(self, k: int, d_own: list[Tensor | None], d_rows: list[Tensor | None]) -> list[Tensor | None]:

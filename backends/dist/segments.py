@@ -57,7 +57,7 @@ class Segments(Sequences):
         last = self.document_of(self.piece_ends())
         self.last_document, self.through = last, self.bounds[last] < self.piece_ends() - self.size + 1
         mine = last[torch.tensor(self.own, device=device)].T  # [B, pieces of this rank]
-        self.late = (document.view(rows, -1, self.size) == mine[..., None]).view(-1, self.size)
+        self.late = (document.view(rows, len(self.own), self.size) == mine[..., None]).view(rows * len(self.own), self.size)
 
     def document_of(self, place: Tensor) -> Tensor:
         return torch.searchsorted(self.bounds[1:].contiguous(), place, right=True)
@@ -69,7 +69,7 @@ class Segments(Sequences):
 
     def by_piece(self, x: Tensor) -> Tensor:
         """[B, T, ...] as [B * pieces of this rank, tokens of a piece, ...]."""
-        return x.reshape(-1, self.size, *x.shape[2:])
+        return x.reshape(self.rows * len(self.own), self.size, *x.shape[2:])
 
     def pooled(self, x: Tensor, what: str) -> Tensor:
         """What each rank has for each of its pieces [B * pieces of a rank, ...], in the order of pieces [K, B, ...]."""
@@ -117,7 +117,7 @@ class Segments(Sequences):
         if stop:
             parts = tuple(p.detach() for p in parts)
         payload = torch.cat([p.flatten(1) for p in parts], 1)
-        split = torch.split(self.pooled(payload, what), [p[0].numel() for p in parts], -1)
+        split = torch.split(self.pooled(payload, what), [math.prod(p.shape[1:]) for p in parts], -1)
         *decays, updates = (s.reshape(*s.shape[:2], *p.shape[1:]) for s, p in zip(split, parts))
         known = initial.detach() if stop else initial
         exits: list[Tensor] = []
