@@ -23,8 +23,8 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 PERIOD = 0.2  # seconds between two looks at the store
-PATIENCE = 2.0  # seconds in which a rank that lives has answered
-PARTING = 1.0  # seconds that the holder of the store stays, so that the others read the last answers
+PATIENCE = 1.5  # seconds in which a rank that lives has answered
+PARTING = 0.8  # seconds that the holder of the store stays, so that the others read the last answers
 
 _made = itertools.count()  # plans are made in the same order on all ranks
 
