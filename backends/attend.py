@@ -167,19 +167,20 @@ def compared(fn: str, a: Bounds, b: Bounds, may: bool) -> str:
     return f"(({a.least} != {b.most}) | ({a.most} != {b.least}))" if may else apart
 
 
-def call(p: Layout, form: Form, tiles: list[Tile], cached: dict[str, tuple[str, str]], start: str,
-         name: str) -> None:  # fmt: skip
+def call(p: Layout, form: Form, tiles: list[Tile], cached: dict[str, tuple[str, str]], start: str, name: str,
+         ring: str = "") -> None:  # fmt: skip
     """The statements that lay the operands out, and the call; `tiles` are the functions of each source.
 
     `cached` names, for captures over rows, the tensor of calls before and the variable for the next; `name` is what
-    the function is called that runs it."""
+    the function is called that runs it, `ring` the plan's operation, where ranks share the sequence of the queries."""
     node, w = form.node, p.w
     w(f"# {node.id}: {p.lines.code(node.span)}")
     queries, made = p.fresh("queries"), []
     if form.query is None:
         w(f"{queries} = Places(None, count={p.main}.count, device=device)")
     else:
-        w(f"{queries} = Places({p.seq(p.graph.axis[form.query].space)}, {start})")
+        own = p.seq(p.graph.axis[form.query].space)
+        w(f"{queries} = Places({own}, {start}){f' if plan is None else _ring.queries_of({own})' if ring else ''}")
     places: dict[str, str] = {}
     laid: dict[tuple[str, str], str] = {}
     for source, tile in zip(node.sources, tiles):
@@ -190,7 +191,11 @@ def call(p: Layout, form: Form, tiles: list[Tile], cached: dict[str, tuple[str, 
                 seq = p.seq(p.graph.axis[source.axis].space)
                 first = next((cached[n.name][0] for n in form.inputs(source) if n.name in cached), None)
                 begin = f"{p.chunks(source.axis)}.start" if p.graph.axis[source.axis].kind == "chunk" else start
-                w(f"{places[source.axis]} = Places({seq}, {begin}{f', {first}' if first else ''})")
+                shared = f"_ring.Whole({queries}, {seq}, {'None' if begin == start else begin})"
+                if form.query is not None and seq == p.seq(p.graph.axis[form.query].space):
+                    shared = f"_ring.Travelling({queries}, {first})"
+                w(f"{places[source.axis]} = Places({seq}, {begin}{f', {first}' if first else ''})"
+                  f"{f' if plan is None else {shared}' if ring else ''}")  # fmt: skip
             rows = places[source.axis]
         operands = [_operand(p, form, source, n, queries, rows, laid, cached) for n in form.inputs(source)]
         sides = "".join(form.side(source, n.name) for n in form.inputs(source))
@@ -203,8 +208,9 @@ def call(p: Layout, form: Form, tiles: list[Tile], cached: dict[str, tuple[str, 
     weighted = "".join("w" if a in form.heads else "." for a in form.own)
     result = p.fresh(node.id)
     shape = f"({''.join(a + ', ' for a in form.own).rstrip()})"
+    run = f"(scans.{name} if plan is None else plan.{ring})" if ring else f"scans.{name}"
     given = f'{queries}, ({", ".join(made)},), {shape}, "{weighted}", ct'
-    w(f"{result} = scans.{name}({given})  # {p.lines.place(node.span)}")
+    w(f"{result} = {run}({given})  # {p.lines.place(node.span)}")
     p.names[node.id] = result
 
 

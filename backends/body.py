@@ -8,6 +8,7 @@ from chunkc.backends.attend import Form, Tile, call
 from chunkc.backends.expressions import next_name, state_name
 from chunkc.backends.layout import EACH, generic
 from chunkc.backends.loops import Loops
+from chunkc.backends.operations import operations
 from chunkc.backends.scan import ScanForm, scan_form
 from chunkc.backends.states import declared_axes, fields
 from chunkc.backends.writer import Lines, Writer, identifier, is_name
@@ -22,6 +23,10 @@ class Body(Loops):
     def __init__(self, unit: Unit, lines: Lines, w: Writer, owner: str, prefix: str = "") -> None:
         super().__init__(unit, lines, w)
         self.owner, self.prefix = owner, prefix
+        if unit.parallel is not None:
+            self.taken.add("plan")
+        self.operations = {op.node.id: op for op in operations(unit)}
+        self.halos: dict[str, str] = {}
         self.scans = {
             n.id: scan_form(n, {x.id: x.axes for x in self.graph.nodes}, prefix) for n in matrix_scans(self.graph)
         }
@@ -46,6 +51,8 @@ class Body(Loops):
         self.users[id(graph)] = graph.users()
 
     def history(self, node: N.AnyNode) -> str:
+        if node.id in self.halos:
+            return self.halos[node.id]
         return state_name(self.fields[node.id].name) if node.id in self.fields and not self.whole else "None"
 
     def running(self, node: N.AnyNode, region: str = "") -> tuple[str, str]:
@@ -71,7 +78,13 @@ class Body(Loops):
             return True
         if isinstance(node, N.Bounds) and all(isinstance(u, N.Gather) for u in users) and node.id not in kept:
             return True
-        if node.id in kept or node.id in self.fields or is_name(node.id) and not generic(node):
+        if (
+            node.id in kept
+            or node.id in self.fields
+            or node.id in self.operations
+            or is_name(node.id)
+            and not generic(node)
+        ):
             return False
         if isinstance(node, N.Reduce) and self.over_sequence(node):
             return False
@@ -131,7 +144,10 @@ class Body(Loops):
         state = next(f for f in self.states if f.name == name)
         given = state_name(name)
         c = N.Carried(name=name, axes=state.axes, dtype=state.dtype, initial=state.node, result="")
-        self.w(f"{given} = {self.fresh_state(c)} if {given} is None else {given}.to({self.dtype(self.graph_like(c))})")
+        fresh = self.fresh_state(c)
+        if self.unit.parallel is not None:
+            fresh = fresh.replace(f"{self.main}.count", "_documents")
+        self.w(f"{given} = {fresh} if {given} is None else {given}.to({self.dtype(self.graph_like(c))})")
 
     def bind(self) -> None:
         """Inputs and parameters under their names."""
@@ -141,7 +157,16 @@ class Body(Loops):
         for node in self.graph.of_kind(N.Param):
             self.names[node.id] = f"{self.owner}{self.attribute(node.name)}"
 
+    def halo(self, graph: Graph, node: N.Shift | N.Conv) -> None:
+        """The tokens before each sequence, or with a plan before each segment of one, or behind it."""
+        given, op = self.history(node), self.operations[node.id]
+        call = f"plan.{op.method(self.prefix)}({self.main}, {self.text(graph, node.arg)[0]}, {op.tokens}, {given})"
+        self.halos[node.id] = self.fresh(f"{op.name}_halo")
+        self.w(f"{self.halos[node.id]} = {given} if plan is None else {call}")
+
     def assign(self, graph: Graph, node: N.AnyNode) -> None:
+        if isinstance(node, N.Shift | N.Conv) and node.id in self.operations:
+            self.halo(graph, node)
         text, _ = self.expression(graph, node)
         name = self.fresh(node.id if not generic(node) else "x")
         place = self.lines.place(node.span)
@@ -159,7 +184,7 @@ class Body(Loops):
             axis = self.graph.axis[node.axis]
             last = f"{self.chunks(node.axis)}.keep_last" if axis.kind == "chunk" else f"{self.seq(axis.space)}.last"
             arg = self.text(graph, node.arg)[0]
-            self.w(f"{next_name(field.name)} = {last}({arg}, {field.rows}, {state_name(field.name)})")
+            self.w(f"{next_name(field.name)} = {last}({arg}, {field.rows}, {self.history(node)})")
 
     def segment(self, node: N.Segment) -> None:
         """The chunks of a sequence, and the sequence that they are themselves."""
@@ -183,7 +208,8 @@ class Body(Loops):
         }
         start = self.start(node.query) if node.query is not None else "None"
         name = f"attend_{self.prefix}{identifier(node.id)}"
-        call(self, form, self.attentions[node.id], cached, start, name)
+        ring = self.operations[node.id].method(self.prefix) if node.id in self.operations else ""
+        call(self, form, self.attentions[node.id], cached, start, name, ring)
 
     def outs(self, node: N.AnyNode) -> dict[int, N.Out]:
         return {u.index: u for u in self.users_in(self.graph)[node.id] if isinstance(u, N.Out)}
@@ -213,13 +239,16 @@ class Body(Loops):
         add = self.operand(node.add, node, axes, home, "0.0")
         kind = "max_plus_scan" if node.algebra == "max-plus" else "vector_scan"
         before, last = self.fresh(f"{state}_before"), self.fresh(f"{state}_last")
-        start = (
-            f"{initial}.reshape({seq}.count, 1, math.prod(({''.join(a + ', ' for a in axes)})))"  # of no sequence, too
-        )
+        size = f"1, math.prod(({''.join(a + ', ' for a in axes)}))"
+        call = [f"lay({gate}, {full}, 0)", f"lay({add}, {full}, 0)"]
+        if node.id in self.operations:
+            start = self.enter(node, initial, size, call, ["gate", "add"])
+        else:
+            start = f"{initial}.reshape({seq}.count, {size})"  # of no sequence, too
         module = "_torch" if node.dtype == "complex" else "scans"
         self.w(f"{before}, {last} = {module}.{kind}(")
-        self.w(f"    {seq}, lay({gate}, {full}, 0),")
-        self.w(f"    lay({add}, {full}, 0), {start})")
+        self.w(f"    {seq}, {call[0]},")
+        self.w(f"    {call[1]}, {start})")
         if node.stop:
             self.w(f"{before}, {last} = stopped({seq}, {before}, {last}, {start})")
         shape = ", ".join([f"{seq}.rows", f"{seq}.tokens", *axes])
@@ -227,6 +256,19 @@ class Body(Loops):
             self.w(f"{before} = {before}.reshape({shape})")
             self.names[outs[0].id] = before
         self.scan_out(node, f"{last}.reshape({', '.join([f'{seq}.count', *axes])})", axes, outs.get(1))
+
+    def enter(self, node: N.Scan, initial: str, size: str, call: list[str], names: list[str]) -> str:
+        """The variable with the state that each sequence starts from, or with a plan each segment of one. What the
+        plan reads of the scan's operands becomes variables."""
+        for k, name in enumerate(names):
+            laid = self.fresh(f"{name}_laid")
+            self.w(f"{laid} = {call[k]}")
+            call[k] = laid
+        name = self.fresh(f"{identifier(node.name)}_enter")
+        given = f"{initial}.reshape((_documents, {size}))"
+        method, read = self.operations[node.id].method(self.prefix), ", ".join(call[: len(names)])
+        self.w(f"{name} = {given} if plan is None else plan.{method}({self.main}, {given}, {read})")
+        return name
 
     def operand(self, id_: str | None, node: N.Scan, axes: tuple[str, ...], home: str, idle: str) -> str:
         """A scan's operand as a tensor of the state's type."""
@@ -248,13 +290,15 @@ class Body(Loops):
             text = self.operand(o.node, node, (*node.batch, *side), home, "")
             dims = [*node.batch, *(["1"] * len(side) if o.thin else side)]
             call.append(f"lay({text}, ({seq}.rows, {seq}.tokens, {', '.join(dims)}), {heads})")
-        shape = f"({seq}.count, math.prod(({''.join(b + ', ' for b in node.batch)})), " + ", ".join(
-            f"math.prod(({''.join(a + ', ' for a in side)}))" for side in (node.i, node.j)
-        ) + ")"  # fmt: skip
+        size = ", ".join(f"math.prod(({''.join(a + ', ' for a in side)}))" for side in (node.batch, node.i, node.j))
+        start = f"{initial}.reshape(({seq}.count, {size}))"
+        if node.id in self.operations:
+            read = [o.name for o in (*form.gates, *(o for pair in form.writes for o in pair))]
+            start = self.enter(node, initial, size, call, read)
         results = [self.fresh(f"read_{q.name}") for q in form.queries]
         last = self.fresh(f"{form.name}_last")
         self.w(f"{', '.join([*results, last])} = scans.{form.name}_scan(")
-        for line in [seq, *call, f"{initial}.reshape({shape})"]:
+        for line in [seq, *call, start]:
             self.w(f"    {line},")
         self.w(")")
         for index, (q, name) in enumerate(zip(form.queries, results)):

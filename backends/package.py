@@ -9,6 +9,8 @@ from pathlib import Path
 
 from chunkc.backends.attend import Tile
 from chunkc.backends.body import matrix_scans
+from chunkc.backends.dist.emit import emit_plan
+from chunkc.backends.operations import operations
 from chunkc.backends.scan import scan_form
 from chunkc.backends.torch.pairs import attentions
 from chunkc.backends.torch.scan import emit_scan
@@ -23,6 +25,7 @@ from chunkc.ir.rewrite import Rebinding
 
 Tiles = Mapping[str, Mapping[str, list[Tile]]]  # the functions of each unit's attentions
 AT_RUN_TIME = Path(__file__).parent / "torch"  # modules that are copied into packages
+SHARED = Path(__file__).parent / "dist"  # those of parallel layouts
 
 
 def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[str, Number]) -> dict[str, str]:
@@ -40,13 +43,27 @@ def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[st
         **{f"_{name}.py": _copied(name) for name in ("checks", "functions", "runtime")},
         **({"_chunks.py": _copied("chunks")} if any(u.graph.of_kind(N.Segment) for u in units) else {}),
         **({"_attend.py": _copied("attend")} if any(u.graph.of_kind(N.Attend) for u in units) else {}),
+        **_shared(units, lines, head),
     }
 
 
-def _copied(name: str) -> str:
+def _shared(units: tuple[Unit, ...], lines: Lines, head: str) -> dict[str, str]:
+    """The files of a parallel layout, if there is one."""
+    sharded = [(u, prefix_of(u, units)) for u in units if u.parallel is not None]
+    if not sharded:
+        return {}
+    rings = any(op.kind == "ring" for u, _ in sharded for op in operations(u))
+    return {
+        "_plan.py": head + "\n" + emit_plan(sharded, lines),
+        **{f"_{name}.py": _copied(name, SHARED) for name in ("distributed", "ranks", "segments")},
+        **({"_ring.py": _copied("ring", SHARED)} if rings else {}),
+    }
+
+
+def _copied(name: str, folder: Path = AT_RUN_TIME) -> str:
     """A module of the run time, which imports others from beside it."""
-    text = (AT_RUN_TIME / f"{name}.py").read_text(encoding="utf-8")
-    return text.replace("from chunkc.backends.torch.", "from ._")
+    text = (folder / f"{name}.py").read_text(encoding="utf-8")
+    return re.sub(r"from chunkc\.backends\.(torch|dist)\.", "from ._", text)
 
 
 def _safe_names(unit: Unit) -> Unit:
@@ -148,12 +165,14 @@ def _modules(units: tuple[Unit, ...], given: list[dict[str, str]], lines: Lines,
         if name in used:
             w(text)
     w()
-    w("from . import _torch")
+    w(f"from . import {'_ring, ' if '_ring' in used else ''}_torch")
     w(f"from ._checks import {', '.join(n for n in CHECK_NAMES if n in used)}")
     if any(u.graph.of_kind(N.Attend) for u in units):
         w("from ._attend import Places, Source")
     if any(u.graph.of_kind(N.Segment) for u in units):
         w("from ._chunks import Chunks")
+    if any(u.parallel is not None for u in units):
+        w("from ._plan import Plan")
     for module, names in (("_functions", FUNCTIONS), ("_runtime", RUNTIME_NAMES)):
         if found := [name for name in names if name in used]:
             w(f"from .{module} import (")
@@ -187,7 +206,7 @@ def _unshadowed(text: str, names: set[str]) -> tuple[str, dict[str, str]]:
 
 def _module_body(units: tuple[Unit, ...], names: list[dict[str, str]], lines: Lines, settings: Mapping[str, Number],
                  tiles: Tiles, w: Writer) -> None:  # fmt: skip
-    exported = sorted(public(u.name) for u in units)
+    exported = sorted([*(public(u.name) for u in units), *(["Plan"] if any(u.parallel for u in units) else [])])
     w("__all__ = [" + ", ".join(f'"{n}"' for n in exported) + "]")
     w()
     w()

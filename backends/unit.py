@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from chunkc.backends.attend import Tile
 from chunkc.backends.body import Body, param_name
-from chunkc.backends.expressions import next_name
+from chunkc.backends.expressions import next_name, state_name
 from chunkc.backends.layout import EACH, NOWHERE, sequence_names
+from chunkc.backends.operations import is_sharded
 from chunkc.backends.states import WHAT, StateField, fields, positioned, states, whole_reason
 from chunkc.backends.writer import Lines, Writer, identifier, public, quoted
 from chunkc.ir import nodes as N
@@ -54,6 +55,7 @@ class UnitEmitter:
         self.spaces = [s for s in sequence_names(self.graph) if self.graph.axis[s].kind != "chunk"]
         self.sizes = [a for a in self.graph.axes if a.kind == "size" and a.size is not None]
         self.outputs = self.graph.outputs
+        self.keyword = ["plan: Plan | None = None"] if unit.parallel is not None else []
 
     def emit(self) -> None:
         if self.fields:
@@ -270,7 +272,8 @@ class UnitEmitter:
         w = self.w
         args = [f"{public(n.name)}: Tensor" for n in self.inputs]
         extra = [f"state: {self.name}State | None = None"] if self.fields else []
-        extra += ["*", *(f"{name}: Tensor | None = None" for name in self.offsets()), "check: bool = False"]
+        offsets = [f"{name}: Tensor | None = None" for name in self.offsets()]
+        extra += ["*", *offsets, *self.keyword, "check: bool = False"]
         outs = ["Tensor"] * len(self.outputs)
         result = outs[0] if len(outs) == 1 else f"tuple[{', '.join(outs)}]"
         if self.fields:
@@ -287,14 +290,28 @@ class UnitEmitter:
             names = [self.output(id_) for _, id_ in self.outputs]
             if self.fields:
                 with w.indented("if state is not None:"):
-                    new = ", ".join([*(self.after(f) for f in self.fields), "state.position + seq.offsets.diff()"])
+                    length = "_lengths" if self.unit.parallel is not None else "seq.offsets.diff()"
+                    new = ", ".join([*(self.after(f) for f in self.fields), f"state.position + {length}"])
                     w(f"return {', '.join(names)}, {self.name}State({new})")
             w(f"return {', '.join(names)}")
 
-    @staticmethod
-    def after(f: StateField) -> str:
+    def after(self, f: StateField) -> str:
         """A field after the call: rows are kept in the inputs' type, cast only where a state is returned."""
-        return next_name(f.name) + (".to(given)" if f.kind == "cache" and f.dtype == "float" else "")
+        name = next_name(f.name)
+        node = self.keeper(f)
+        if is_sharded(self.unit, node.query if isinstance(node, N.Attend) else getattr(node, "axis", None)):
+            of = "rows_of" if f.kind == "cache" else "last_of"  # with a plan there is a value for each segment
+            what = f"last {public(f.name)} ({self.lines.place(node.span)})"
+            name = f'({name} if plan is None else seq.{of}("{what}", {name}, {state_name(f.name)}))'
+        return name + (".to(given)" if f.kind == "cache" and f.dtype == "float" else "")
+
+    def keeper(self, f: StateField) -> N.AnyNode:
+        """The node that a field is kept for."""
+        if f.kind == "state":
+            named = [n for n in self.graph.nodes if isinstance(n, N.Scan) and n.name == f.name
+                     or isinstance(n, N.Recur) and any(c.name == f.name for c in n.carried)]  # fmt: skip
+            return named[0]
+        return self.graph[(f.node or "").split("/")[0]]
 
     def output(self, id_: str) -> str:
         home = self.printer.home(self.graph, id_)
@@ -312,7 +329,17 @@ class UnitEmitter:
         w(f"given, ct, device = {first}.dtype, compute_dtype({first}), {first}.device")
         for space, name in zip(self.spaces, self.offsets()):
             x = identifier(self.of_space(space).name)
-            w(f"{sequence_names(self.graph)[space]} = Sequences({x}.shape[0], {x}.shape[1], {name}, {first})")
+            seq = sequence_names(self.graph)[space]
+            whole = f"Sequences({x}.shape[0], {x}.shape[1], {name}, {first})"
+            if is_sharded(self.unit, space):
+                w("_begin = start")
+                w(f"{seq} = {whole} if plan is None else plan.segments({x}, {name}, {first}, start)")
+                w(f"start = start if plan is None else {seq}.start")
+                w(f"_documents, _lengths = {seq}.count, {seq}.offsets.diff()")
+                with w.indented("if plan is not None:"):
+                    w(f"_documents, _lengths = {seq}.documents, {seq}.lengths")
+            else:
+                w(f"{seq} = {whole}")
         if self.whole and self.unit.kind == "layer":  # it starts anew at each call
             for f in states(self.graph):
                 w(f"state_{identifier(f.name)} = None")
@@ -390,7 +417,8 @@ class UnitEmitter:
                     w(f'check_values("{who}", "{p.name}", {value}, {low}, {high})')
             for space, name in zip(self.spaces, self.offsets()):
                 with w.indented(f"if {name} is not None:"):
-                    w(f'check_packing("{who}", {name}, {identifier(self.of_space(space).name)}.shape[1])')
+                    ranks = " * (1 if plan is None else plan.size)" if is_sharded(self.unit, space) else ""
+                    w(f'check_packing("{who}", {name}, {identifier(self.of_space(space).name)}.shape[1]{ranks})')
 
     def state_checks(self, who: str, first: str, count: str) -> None:
         w = self.w
@@ -480,7 +508,8 @@ class UnitEmitter:
         state = "Tensor" if len(self.fields) + self.position == 1 else f"{self.name}_state"
         if self.fields:
             keywords += [f"initial_state: {state} | None = None", "output_final_state: bool = False"]
-        keywords += [*(f"{name}: Tensor | None = None" for name in self.offsets()), "check: bool = False"]
+        keywords += [f"{name}: Tensor | None = None" for name in self.offsets()]
+        keywords += [*self.keyword, "check: bool = False"]
         outs = ["Tensor"] * len(self.outputs)
         final = [f"{state} | None"] if self.fields else []
         result = f"tuple[{', '.join([*outs, *final])}]" if len(outs) + len(final) > 1 else "Tensor"
@@ -512,7 +541,10 @@ class UnitEmitter:
             return
         finals = [self.after(f) for f in self.fields]
         if self.position:
-            finals.append("seq.offsets.diff() if start is None else start + seq.offsets.diff()")
+            start, length = (
+                ("_begin", "_lengths") if self.unit.parallel is not None else ("start", "seq.offsets.diff()")
+            )
+            finals.append(f"{length} if {start} is None else {start} + {length}")
         made = finals[0] if len(finals) == 1 else f"{state}({', '.join(finals)})"
         w(f"return {', '.join(names)}, {made} if output_final_state else None")
 

@@ -40,8 +40,9 @@ CONTRACT = 1  # between an emitted package and the code that imports it
 MANIFEST = "manifest.json"
 STALE_SECONDS = 600.0  # writing takes milliseconds, so a temporary folder of this age has lost its process
 MODULES = frozenset(
-    ("__future__", "collections", "contextlib", "dataclasses", "enum", "functools", "itertools", "math", "numbers",
-     "operator", "os", "torch", "triton", "types", "typing", "warnings", "weakref")
+    ("__future__", "atexit", "collections", "contextlib", "dataclasses", "datetime", "enum", "functools", "itertools",
+     "math", "numbers", "operator", "os", "signal", "sys", "threading", "time", "torch", "triton", "types", "typing",
+     "warnings", "weakref")
 )  # fmt: skip
 OF_OS = frozenset(("environ", "getenv"))
 FORBIDDEN_CALLS = frozenset(("eval", "exec", "compile", "__import__", "open"))

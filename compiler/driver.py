@@ -13,6 +13,7 @@ from chunkc.ir.diagnostics import CompileError, Diagnostic, SourceFile
 from chunkc.ir.graph import Module, Unit
 from chunkc.ir.nodes import Recur
 from chunkc.pipeline import PASSES, Pass, run, upto
+from chunkc.sharding import refusals
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,15 @@ def judge(source: SourceFile) -> tuple[Diagnostic, ...]:
 
 
 def compile_source(source: SourceFile, passes: tuple[Pass, ...] = PASSES) -> Compiled:
-    """Check, then bring every unit to normal form, and its scans to whatever the passes derive from them."""
+    """Check, then bring every unit to normal form, and its scans to whatever the passes derive from them.
+
+    Raises:
+        CompileError: as `check_source`, or where a unit cannot be shared as its parallel layout demands.
+    """
     checked = check_source(source)
     units = tuple(u.evolve(graph=run(u.graph, passes)) for u in checked.module.units)
+    if refused := [d for u in units for d in refusals(u)]:
+        raise CompileError(refused)
     found = [w for u in units for w in warnings_of(u)]
     return Compiled(replace(checked, warnings=(*checked.warnings, *found)), units)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from chunkc.backends.operations import operations as layout_operations
 from chunkc.backends.states import caches, whole_reason
 from chunkc.backends.triton.emit import attention_of
 from chunkc.backends.triton.pairs import NoKernel
@@ -23,11 +24,16 @@ SCHEMA = 1
 BYTES = {"bfloat16": 2, "float32": 4}
 
 
-def facts(compiled: Compiled) -> list[dict[str, Any]]:
-    """The facts of each unit, in the file's order. The schema is stable: keys are added, never changed."""
+def facts(compiled: Compiled, mesh: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
+    """The facts of each unit, in the file's order. The schema is stable: keys are added, never changed.
+
+    `mesh` are sizes of axes of the layout's mesh: then operations say what a rank sends."""
     source = compiled.checked.source
     semantic = compiled.checked.module.units
-    return [_unit(source, before, after) for before, after in zip(semantic, compiled.units)]
+    found = [_unit(source, before, after) for before, after in zip(semantic, compiled.units)]
+    for layout in (u["parallel"] for u in found if u["parallel"] and mesh is not None):
+        _count_ranks(layout, (mesh or {}).get(layout["over"], 1))
+    return found
 
 
 def _place(source: SourceFile, span: Span | None) -> str:
@@ -58,6 +64,7 @@ def _unit(source: SourceFile, semantic: Unit, unit: Unit) -> dict[str, Any]:
         "attentions": [_attention(source, unit, n) for n in graph.of_kind(N.Attend)],
         "operations": _cost_data(operations(graph)),
         "least_elements": _cost_data(elements(graph)),
+        "parallel": None if unit.parallel is None else _parallel(source, unit),
         "least_bytes": {dtype: _cost_data(bytes_moved(graph, size)) for dtype, size in BYTES.items()},
     }  # fmt: skip
 
@@ -182,6 +189,56 @@ def _attention(source: SourceFile, unit: Unit, node: N.Attend) -> dict[str, Any]
             "no_kernels_because": str(made) if isinstance(made, NoKernel) else ""}  # fmt: skip
 
 
+# -- parallel layouts --------------------------------------------------------------------------------------------------
+
+SENT = {"float": 4, "complex": 8, "int": 8, "bool": 1}  # bytes of an element; layouts send what is computed in
+
+
+def _parallel(source: SourceFile, unit: Unit) -> dict[str, Any]:
+    """How ranks share the unit's sequences, and the bytes that each operation sends to one other rank."""
+    layout = unit.parallel
+    assert layout is not None
+    found = []
+    for op in layout_operations(unit):
+        cost: Cost = {}
+        for s in op.sent:
+            _add(cost, SENT[s.dtype], unit.graph, s.axes)
+        per = {"state_allgather": "piece", "halo": "token of a halo", "ring": "row"}[op.kind]
+        found.append({"name": op.method(), "kind": op.kind, "line": _place(source, op.node.span), "tokens": op.tokens,
+                      "per": per, "bytes": _cost_data(cost)})  # fmt: skip
+    return {"mesh": list(layout.mesh), "axis": layout.axis, "over": layout.over, "layout": layout.layout,
+            "line": _place(source, layout.span), "operations": found}  # fmt: skip
+
+
+# What the bytes that a rank sends are counted by.
+SENDS = {
+    "state_allgather": "row of the batch",
+    "halo": "row of the batch and token of the halo",
+    "ring": "row that it has",
+}
+
+
+def _count_ranks(layout: dict[str, Any], ranks: int) -> None:
+    """What a rank sends in a forward; a backward sends as much, of a ring also the gradients of its floats."""
+    layout["ranks"] = ranks
+    for op in layout["operations"]:
+        own = 2 if layout["layout"] == "zigzag" and op["kind"] != "ring" else 1
+        op["sends"] = [{"count": t["count"] * own * (ranks - 1), "axes": t["axes"]} for t in op["bytes"]]
+        op["sends_per"] = SENDS[op["kind"]]
+
+
+def _render_parallel(p: dict[str, Any]) -> list[str]:
+    ranks = f"{p['ranks']} ranks" if "ranks" in p else "ranks"
+    out = [f"  {ranks} along {p['over']} share {p['axis']}, {p['layout']}  ({p['line']})"]
+    for op in p["operations"]:
+        tokens = f", {op['tokens']} tokens" if op["tokens"] else ""
+        out.append(f"    {op['name']}: {op['kind']}{tokens}, {_cost_text(op['bytes'])} bytes a {op['per']}"
+                   f"  ({op['line']})")  # fmt: skip
+        if "sends" in op:
+            out.append(f"      a rank sends {_cost_text(op['sends'])} bytes a {op['sends_per']}, forward")
+    return out
+
+
 # -- cost --------------------------------------------------------------------------------------------------------------
 
 Cost = dict[tuple[str, ...], int]  # how many times the product of these axes' sizes
@@ -273,6 +330,8 @@ def render_facts(found: list[dict[str, Any]]) -> str:
             out += _render_recurrence(r)
         for a in unit["attentions"]:
             out += _render_attention(a, bool(unit["whole_because"]))
+        if unit["parallel"]:
+            out += _render_parallel(unit["parallel"])
         out.append(f"  a token takes {_cost_text(unit['operations'])} operations")
         out.append(f"  and moves at least {_cost_text(unit['least_elements'])} elements: "
                    f"{_cost_text(unit['least_bytes']['bfloat16'])} bytes in bfloat16")  # fmt: skip

@@ -14,6 +14,7 @@ from chunkc.dsl import prelude
 from chunkc.dsl import tree as T
 from chunkc.dsl.attention import Attentions
 from chunkc.dsl.causality import looks_ahead
+from chunkc.dsl.layouts import lay_out
 from chunkc.dsl.scope import (
     AxisName,
     Broken,
@@ -53,6 +54,7 @@ def check(file: T.File, name: str, dropped: str = "", uses: Mapping[str, Exports
     known: dict[str, Symbol] = {}
     try:
         _check_items(file, silenced, report, units, known, uses or {})
+        units = lay_out(file, units, report)
     except Stop:
         pass  # reported, or enough was
     except RecursionError:  # limits on nesting are meant to keep it from happening
@@ -87,9 +89,7 @@ def _check_items(file: T.File, silenced: frozenset[str], report: Report, units: 
                 known[name] = symbol
     for item in file.items:
         work.spend(item.span)
-        if isinstance(item, T.Later):
-            report.error("not-yet", f"'{item.what}' is not built by this version", item.span)
-        elif isinstance(item, T.UnitDecl):
+        if isinstance(item, T.UnitDecl):
             name = item.name.text
             later.discard(name)
             if name in known:

@@ -328,15 +328,19 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
     def block(self, *parts: Any) -> tuple[Span, tuple[Any, ...]]:
         return self._cover(parts), tuple(p for p in parts if p is not None and not isinstance(p, Token))
 
-    def later_block(self, *parts: Any) -> None:
-        return None
+    def setting_block(self, *parts: Any) -> tuple[T.Setting, ...]:
+        return tuple(p for p in parts if isinstance(p, T.Setting))
 
-    def later_item(self, *parts: Any) -> None:
-        return None
+    def setting(self, *parts: Any) -> T.Setting:
+        inner = next((p for p in parts if isinstance(p, tuple)), None)
+        words = tuple(T.Name(_span(self.source, p), str(p)) for p in parts if isinstance(p, Token))
+        return T.Setting(self._cover(words), words, inner)
 
-    def later(self, word: Token, *rest: Any) -> T.Later:
-        named = word.type in ("ORDER", "PICK")
-        return T.Later(_span(self.source, word), str(word), (self._name(rest[0]),) if named else ())
+    def parallel(self, word: Token, settings: Any) -> T.Parallel:
+        return T.Parallel(_span(self.source, word), settings)
+
+    def later(self, word: Token, name: Token, *rest: Any) -> T.Later:
+        return T.Later(_span(self.source, word), str(word), (self._name(name),))
 
     # statements
     def doc(self, text: Token) -> T.Doc:

@@ -159,7 +159,7 @@ class Attention(Syntax):
 
 @dataclass(frozen=True)
 class Later(Syntax):
-    """A statement of the language that this version does not build: order, pick, parallel.
+    """A statement of the language that this version does not build: order, pick.
 
     `defines` are the names that it would define."""
 
@@ -195,6 +195,21 @@ class FnDecl(Syntax):
 
 
 @dataclass(frozen=True)
+class Setting(Syntax):
+    """A line of a parallel layout, as words, brackets and commas; `inner` are those of its own block."""
+
+    words: tuple[Name, ...]
+    inner: tuple[Setting, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Parallel(Syntax):
+    """`parallel { ... }`: how the ranks of a mesh share the sequences of the file's units."""
+
+    settings: tuple[Setting, ...]
+
+
+@dataclass(frozen=True)
 class Use(Syntax):
     path: str
 
@@ -203,5 +218,5 @@ class Use(Syntax):
 class File(Syntax):
     """A parsed spec file; `comments` are the `#` comments in order, for the formatter."""
 
-    items: tuple[UnitDecl | FnDecl | Use | Later, ...]
+    items: tuple[UnitDecl | FnDecl | Use | Parallel, ...]
     comments: tuple[tuple[int, str], ...] = field(default=(), compare=False)

@@ -103,6 +103,17 @@ class Graph(Frozen):
         return g
 
 
+class Parallel(Frozen):
+    """How the ranks of a mesh share a unit's sequences: they cut `axis` over the mesh's axis `over`, each having one
+    piece (contiguous) or one from either end (zigzag)."""
+
+    mesh: tuple[str, ...]
+    axis: str
+    over: str
+    layout: Literal["contiguous", "zigzag"]
+    span: Span
+
+
 class Unit(Frozen):
     """A layer or op: its interface and its graph; `looks_ahead` names the outputs that are not causal."""
 
@@ -115,6 +126,7 @@ class Unit(Frozen):
     looks_ahead: tuple[str, ...] = ()
     graph: Graph
     span: Span
+    parallel: Parallel | None = None
 
 
 class Module(Frozen):

@@ -327,9 +327,9 @@ LAYERS: dict[str, dict[str, Any]] = {
     "document_attention": {}, "prefix_lm": {}, "longformer": {"window": 6, "dilation": 3, "dilated": 2},
     "bigbird": {"block": 8},
     "cross_attention": {}, "set_transformer": {"seeds": 3}, "rat": {"shared": 2, "length": 4}, "hybrid": {"window": 9},
-    "language_model": {"vocab": 11, "window": 9},
+    "language_model": {"vocab": 11, "window": 9}, "parallel_hybrid": {"window": 9},
 }  # fmt: skip
-STACKS = ("hybrid", "language_model")  # in half precision, roundings of many layers add up
+STACKS = ("hybrid", "language_model", "parallel_hybrid")  # in half precision, roundings of many layers add up
 TOKENS: Values = {**VALUES, "prefix": VALUES["pre"], "far": VALUES["pre"]}
 
 

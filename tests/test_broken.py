@@ -421,14 +421,53 @@ LATER = [
     ),
     ("an order", body("«order» r of t by x\noutput y = x"), "not-yet"),
     ("a pick", body("«pick» p of t by x keep top(3)\noutput y = x"), "not-yet"),
-    ("a parallel layout", body("output y = x") + "\n«parallel» {\nmesh { a, b }\n}", "not-yet"),
     ("a use without a file", 'use «"a.spec"»\n' + body("output y = x"), "bad-use"),
     ("a membership", body("output y = where(«t in s», 1, 0)"), "not-yet"),
 ]
 
+
+def layout(lines: str, text: str = "output y = x") -> str:
+    return body(text) + f"\nparallel {{\n{lines}\n}}"
+
+
+LAYOUTS = [
+    ("a layout of nothing", body("output y = x") + "\n«parallel» {\n}", "bad-layout"),
+    ("a layout without a shard", body("output y = x") + "\n«parallel» {\nmesh { a, b }\n}", "bad-layout"),
+    ("a layout without a mesh", body("output y = x") + "\n«parallel» {\nshard t over a\n}", "bad-layout"),
+    ("an axis that the mesh has not", layout("mesh { a }\nshard t over «b»"), "bad-layout"),
+    ("an axis of the mesh twice", layout("mesh { a, b, «a» }\nshard t over b"), "bad-layout"),
+    ("names without commas", layout("mesh { a «b» }\nshard t over b"), "bad-layout"),
+    ("a mesh in a mesh", layout("mesh { «a» { b } }\nshard t over a"), "bad-layout"),
+    ("a word of the language in a mesh", layout("mesh { a «over» b }\nshard t over a"), "bad-layout"),
+    ("a line twice", layout("mesh { a }\nshard t over a\n«mesh» { b }"), "bad-layout"),
+    ("no line of a layout", layout("mesh { a }\nshard t over a\n«fly t over a»"), "bad-layout"),
+    ("a shard that breaks off", layout("mesh { a }\n«shard t over»"), "bad-layout"),
+    ("a way without its name", layout("mesh { a }\nshard t over a\n«attention via»"), "bad-layout"),
+    ("a layout that is unknown", layout("mesh { a }\nshard t over a layout «round»"), "bad-layout"),
+    ("a layout that is not built", layout("mesh { a }\nshard t over a layout «striped»"), "not-yet"),
+    ("a way that is not built", layout("mesh { a }\nshard t over a\nattention via «usp»"), "not-yet"),
+    ("a way that is unknown", layout("mesh { a }\nshard t over a\nrecurrence via «air»"), "bad-layout"),
+    ("several axes of a mesh", layout("mesh { a, b }\nshard t over «(a, b)» layout auto"), "not-yet"),
+    ("two axes that are shared", layout("mesh { a, b }\nshard t over a\n«shard h over b»"), "not-yet"),
+    ("a loss", layout("mesh { a }\nshard t over a\n«loss sum over a by n»"), "not-yet"),
+    ("a fixed axis that is shared", layout("mesh { a }\nshard «h» over a"), "bad-layout"),
+    ("a second name that is shared", layout("mesh { a }\nshard «s» over a"), "bad-layout"),
+    ("no axis at all", layout("mesh { a }\nshard «zz» over a"), "bad-layout"),
+    (
+        "two layouts",
+        layout("mesh { a }\nshard t over a") + "\n«parallel» {\nmesh { a }\nshard t over a\n}",
+        "bad-layout",
+    ),
+    (
+        "a layer that is called plan",
+        "op «Plan» {\naxes { t: time }\ninput x[t]\noutput y = x\n}\nparallel {\nmesh { a }\nshard t over a\n}",
+        "name-taken",
+    ),
+]
+
 TABLE = [
     *SYNTAX, *NAMES, *AXES, *TYPES, *SIZES, *WEIGHTS, *READS, *RECURRENCES, *FUNCTIONS, *CHUNKS, *COMPOSED,
-    *CAUSALITY, *LOOPS, *CALLS, *LATER,
+    *CAUSALITY, *LOOPS, *CALLS, *LATER, *LAYOUTS,
 ]  # fmt: skip
 
 

@@ -329,6 +329,23 @@ def test_explain_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert out == "" and "bad.spec:4:21" in err
 
 
+def test_explain_a_mesh(capsys: pytest.CaptureFixture[str]) -> None:
+    """What ranks send; an axis that the layout has not is an error at the layout, other mistakes are the command's."""
+    Path("shared.spec").write_text(GOOD.replace("scale * x", "x[t = t - 2]") + "parallel {\n  mesh { data, ring }\n"
+                                   "  shard t over ring layout zigzag\n}\n")  # fmt: skip
+    assert cli.run(["explain", "shared.spec", "--mesh", "ring=4", "--mesh", "data=2"]) == 0
+    out = capsys.readouterr().out
+    assert "4 ranks along ring share t, zigzag" in out and "a rank sends 24 i bytes a row of the batch" in out
+    assert cli.run(["explain", "shared.spec", "--json", "--mesh", "ring=4"]) == 0
+    (unit,) = json.loads(capsys.readouterr().out)
+    assert unit["parallel"]["operations"][0]["sends"] == [{"count": 24, "axes": ["i"]}]
+    assert cli.run(["explain", "shared.spec", "--mesh", "rung=4"]) == 1
+    assert "error[bad-layout]: the mesh has no axis 'rung'" in capsys.readouterr().err
+    for wrong in ("ring", "ring=x", "ring=0"):
+        assert cli.run(["explain", "shared.spec", "--mesh", wrong]) == 2
+    assert cli.run(["explain", "good.spec", "--mesh", "ring=4"]) == 2
+
+
 @pytest.mark.usefixtures("formatter")
 def test_fmt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     Path("long.spec").write_text(GOOD + "\n\n")

@@ -134,7 +134,8 @@ def test_the_reserved_words_are_whole() -> None:
 @pytest.mark.parametrize(
     ("what", "body"),
     [
-        ("'parallel'", "parallel { }"),
+        ("'ulysses'", "parallel { mesh { a }\n shard t over a\n attention via ulysses }"),
+        ("over several axes", "parallel { mesh { a, b }\n shard t over (a, b) }"),
         ("chunks by 'windows'", "chunk c of t = windows(4, 2)"),
         ("chunks by 'cut'", "chunk c of t = cut(x, max = 3)"),
         ("chunks by 'powers'", "chunk c of t = powers"),

@@ -112,6 +112,26 @@ class Kernels:
         return all(n <= WIDEST for name, n in size.items() if name.startswith("BLOCK_"))
 
 
+@dataclass
+class Sums:
+    """What queries have read so far: the largest logit and the sum of weights relative to it [N, queries, *L], and the
+    sum of weights times values [N, queries, *O]."""
+
+    most: Tensor
+    total: Tensor
+    read: Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    """An attention's result with its gradient, as its backward reads them: `delta` is what weights share of it."""
+
+    top: Tensor
+    logs: Tensor
+    d_out: Tensor
+    delta: Tensor
+
+
 class Attention:
     """The queries, their sources, and which of the result's axes the weights have."""
 
@@ -179,61 +199,77 @@ class Attention:
             mask = inside if mask is None else mask & inside
         return logit if mask is None else logit.masked_fill(~mask, -math.inf), value
 
-    def forward(self, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    def start(self) -> Sums:
+        """Sums of no rows."""
+        like = torch.empty((), dtype=self.dtype, device=self.queries.at.device)
+        most = like.new_full((*self.queries.at.shape, *self.heads), -math.inf)
+        return Sums(most, torch.zeros_like(most), like.new_zeros((*self.queries.at.shape, *self.shape)))
+
+    def add(self, sums: Sums, source: Source, operands: tuple[Tensor, ...]) -> None:
+        """Read the rows of a source."""
+        for part in self.queries.tiles(QUERIES):
+            most, total, read = sums.most[:, part], sums.total[:, part], sums.read[:, part]
+            for tile in self.tiles(source, part, operands):
+                logit, value = self.scores(source, tile, self.tile(source, part, tile, operands))
+                new = torch.maximum(most, logit.amax(2))
+                safe = new.masked_fill(new == -math.inf, 0.0)
+                weight = torch.exp(logit - safe[:, :, None]).expand(*most.shape[:2], -1, *self.heads)
+                kept = torch.exp(most - safe)
+                total = total * kept + weight.sum(2)
+                read = read * self.lifted(kept)
+                if value is not None:
+                    read = read + torch.einsum(source.read, weight, value)
+                most = new
+            sums.most[:, part], sums.total[:, part], sums.read[:, part] = most, total, read
+
+    def finish(self, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
         """The result [N, queries, *O]; the largest logit [N, queries, *L], and the logarithm of the sum of weights
         relative to it: infinite where no row is seen. Together in one number they would lose the digits of weights."""
-        like = torch.empty((), dtype=self.dtype, device=self.queries.at.device)
-        count, length = self.queries.at.shape
-        out = like.new_zeros((count, length, *self.shape))
-        logs = like.new_full((count, length, *self.heads), math.inf)
-        top = torch.zeros_like(logs)
-        for part in self.queries.tiles(QUERIES):
-            size = (count, part.stop - part.start)
-            most = like.new_full((*size, *self.heads), -math.inf)
-            total, read = torch.zeros_like(most), like.new_zeros((*size, *self.shape))
-            for source, ops in zip(self.sources, operands):
-                for tile in self.tiles(source, part, ops):
-                    logit, value = self.scores(source, tile, self.tile(source, part, tile, ops))
-                    new = torch.maximum(most, logit.amax(2))
-                    safe = new.masked_fill(new == -math.inf, 0.0)
-                    weight = torch.exp(logit - safe[:, :, None]).expand(*size, -1, *self.heads)
-                    kept = torch.exp(most - safe)
-                    total = total * kept + weight.sum(2)
-                    read = read * self.lifted(kept)
-                    if value is not None:
-                        read = read + torch.einsum(source.read, weight, value)
-                    most = new
-            empty = total == 0
-            out[:, part] = read / self.lifted(total.masked_fill(empty, 1.0))
-            top[:, part] = most.masked_fill(empty, 0.0)
-            logs[:, part] = total.log().masked_fill(empty, math.inf)
-        return out, top, logs
+        empty = sums.total == 0
+        out = sums.read / self.lifted(sums.total.masked_fill(empty, 1.0))
+        return out, sums.most.masked_fill(empty, 0.0), sums.total.log().masked_fill(empty, math.inf)
 
-    def backward(self, operands: Operands, out: Tensor, top: Tensor, logs: Tensor,
-                 d_out: Tensor) -> list[list[Tensor | None]]:  # fmt: skip
+    def forward(self, operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+        """What `finish` gives, of all sources."""
+        sums = self.start()
+        for source, ops in zip(self.sources, operands):
+            self.add(sums, source, ops)
+        return self.finish(sums)
+
+    def backward(self, operands: Operands, result: Result) -> list[list[Tensor | None]]:
         """The gradients of all operands, added up over tiles."""
-        found = [[torch.zeros_like(x) if x.is_floating_point() else None for x in ops] for ops in operands]
-        delta = self.lowered(d_out * out)
-        for part in self.queries.tiles(QUERIES):
-            for source, ops, grads in zip(self.sources, operands, found):
-                to_weights, to_value = _sides(source.read)
-                for tile in self.tiles(source, part, ops):
-                    given = self.tile(source, part, tile, ops)
-                    logit, value = self.scores(source, tile, given)
-                    weight = torch.exp(logit - top[:, part, None] - logs[:, part, None])
-                    d_value, d_weight = None, -delta[:, part, None]
-                    if value is not None:
-                        d_value = torch.einsum(to_value, weight, d_out[:, part])
-                        d_weight = d_weight + torch.einsum(to_weights, d_out[:, part], value)
-                    # A row alone has weight 1, whatever its logit: what rounding leaves of its gradient is 0.
-                    alone = (weight == 1) & (logs[:, part, None] == 0)
-                    d_logit = (weight * d_weight).masked_fill(alone, 0.0)
-                    new = source.gradients(*source.sizes, *given, d_logit, d_value)
-                    for k, (d, side) in enumerate(zip(new, source.sides)):
-                        grad = grads[k]
-                        if d is not None and grad is not None:
-                            (grad[:, part if side == "q" else tile] if side in ("q", "r") else grad).add_(d)
+        found = [no_gradients(ops) for ops in operands]
+        for source, ops, grads in zip(self.sources, operands, found):
+            self.add_gradients(source, ops, grads, result)
         return found
+
+    def add_gradients(self, source: Source, operands: tuple[Tensor, ...], grads: list[Tensor | None],
+                      result: Result) -> None:  # fmt: skip
+        """Add to the gradients of a source's operands what its rows give."""
+        to_weights, to_value = _sides(source.read)
+        for part in self.queries.tiles(QUERIES):
+            top, logs, d_out = result.top[:, part, None], result.logs[:, part, None], result.d_out[:, part]
+            for tile in self.tiles(source, part, operands):
+                given = self.tile(source, part, tile, operands)
+                logit, value = self.scores(source, tile, given)
+                weight = torch.exp(logit - top - logs)
+                d_value, d_weight = None, -result.delta[:, part, None]
+                if value is not None:
+                    d_value = torch.einsum(to_value, weight, d_out)
+                    d_weight = d_weight + torch.einsum(to_weights, d_out, value)
+                # A row alone has weight 1, whatever its logit: what rounding leaves of its gradient is 0.
+                alone = (weight == 1) & (logs == 0)
+                d_logit = (weight * d_weight).masked_fill(alone, 0.0)
+                new = source.gradients(*source.sizes, *given, d_logit, d_value)
+                for k, (d, side) in enumerate(zip(new, source.sides)):
+                    grad = grads[k]
+                    if d is not None and grad is not None:
+                        (grad[:, part if side == "q" else tile] if side in ("q", "r") else grad).add_(d)
+
+
+def no_gradients(operands: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """Gradients of zeros, for operands that have any."""
+    return [torch.zeros_like(x) if x.is_floating_point() else None for x in operands]
 
 
 def _sides(read: str) -> tuple[str, str]:
@@ -280,7 +316,7 @@ class Attend(torch.autograd.Function):
         out, top, logs, *flat = ctx.saved_tensors
         operands = _grouped(ctx.attention, tuple(flat))
         if ctx.kernels is None:
-            found = ctx.attention.backward(operands, out, top, logs, d_out)
+            found = ctx.attention.backward(operands, Result(top, logs, d_out, ctx.attention.lowered(d_out * out)))
         else:
             found = ctx.kernels.backward(ctx.attention, operands, ctx.size, out, top, logs, d_out)
         return None, None, *(d for grads in found for d in grads)
