@@ -5,12 +5,14 @@ A `parallel` block holds for each layer and op of its file whose first input is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from chunkc.dsl import tree as T
 from chunkc.ir import nodes as N
 from chunkc.ir.diagnostics import Report, Span
 from chunkc.ir.graph import Parallel, Unit
 
+Layout = Literal["contiguous", "zigzag"]
 LAYOUTS = ("contiguous", "zigzag", "auto")
 WAYS = {"attention": "ring", "recurrence": "state_allgather"}
 WORDS = ("over", "by", "attention", "recurrence")  # of the language, which name nothing
@@ -127,8 +129,11 @@ def lay_out(file: T.File, units: list[Unit], report: Report) -> list[Unit]:
         report.error("bad-layout", "a file has one parallel layout", blocks[1].span,
                      related=((blocks[0].span, "first here"),))  # fmt: skip
         return units
+    if not blocks:
+        return units
     before = len(report.errors)
-    shard = _Block(blocks[0], report).read() if blocks else None
+    block = _Block(blocks[0], report)
+    shard = block.read()
     if shard is None:
         return units
     sharded = [u for u in units if main_axis(u) == shard.axis.text]
@@ -138,12 +143,10 @@ def lay_out(file: T.File, units: list[Unit], report: Report) -> list[Unit]:
         return units
     for unit in sharded:
         _check_names(unit, blocks[0].span, report)
-    layout = shard.layout
-    if layout == "auto":
-        layout = "zigzag" if any(_attends_causally(u) for u in sharded) else "contiguous"
-    names = tuple(w.text for line in blocks[0].settings if line.words[0].text == "mesh"
-                  for inner in line.inner or () for w in inner.words if w.text != ",")  # fmt: skip
-    found = Parallel(mesh=names, axis=shard.axis.text, over=shard.over.text, layout=layout, span=blocks[0].span)  # type: ignore[arg-type]
+    auto: Layout = "zigzag" if any(_attends_causally(u) for u in sharded) else "contiguous"
+    layout: Layout = "contiguous" if shard.layout == "contiguous" else "zigzag" if shard.layout == "zigzag" else auto
+    found = Parallel(mesh=tuple(block.mesh), axis=shard.axis.text, over=shard.over.text, layout=layout,
+                     span=blocks[0].span)  # fmt: skip
     return [u.evolve(parallel=found) if u in sharded else u for u in units]
 
 

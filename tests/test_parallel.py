@@ -20,6 +20,7 @@ import pytest
 import torch
 from ranks import Case, Pool, case_on_ranks, package, plan_of, run
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 import chunkc
 
@@ -259,6 +260,28 @@ def test_two_rings_of_a_mesh(pool: Pool, built: Built) -> None:
     for found in pool(case_on_mesh, case):
         for name in wanted:
             close(name, wanted[name], found[name])
+
+
+def in_ddp(rank: int, world: int, folder: str) -> list[float]:
+    """How far gradients of a layer in DDP over the ring are from those in one process."""
+    made, plan = package(folder), plan_of(folder, world)
+    x = torch.randn(2, 32, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    layers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        layers.append(made.Hybrid(d_model=16, heads=2, window=9, dtype=torch.float64))
+    layers[0](x).square().mean().backward()
+    wrapped = DistributedDataParallel(layers[1])
+    y = wrapped(plan.shard(x), plan=plan)
+    (world * plan.mean(y.square().sum(), y.numel())).backward()
+    pairs = zip(layers[0].parameters(), layers[1].parameters())
+    return [float((a.grad - b.grad).norm() / a.grad.norm()) for a, b in pairs]
+
+
+@pytest.mark.parametrize("pool", [4], indirect=True)
+def test_ddp_over_the_ring(pool: Pool, built: Built) -> None:
+    for found in pool(in_ddp, built["hybrid", "zigzag"]):
+        assert max(found) < 1e-12
 
 
 def wrong(rank: int, world: int, folder: str) -> list[str]:

@@ -15,6 +15,9 @@ from chunkc.backends.dist.ranks import Ranks, gathered
 from chunkc.backends.dist.segments import Segments, pieces, place_of
 
 
+BUCKET = 1 << 24  # elements of gradients that are added up at once, about
+
+
 class Distributed:
     """What all plans have. A loss is the sum of the ranks' own; so what all ranks hold whole, as weights and initial
     states, has on each rank the gradient of that rank's part, and `reduce_gradients` adds these up."""
@@ -65,10 +68,22 @@ class Distributed:
         """Add up over the ranks the gradients of what each holds whole. Not for modules in DDP or FSDP over this axis,
         which do it themselves, and divide by the number of ranks."""
         held = weights.parameters() if isinstance(weights, torch.nn.Module) else weights
+        bucket: list[Tensor] = []
         for w in held:
             if w.requires_grad:
                 w.grad = torch.zeros_like(w) if w.grad is None else w.grad
-                self.ranks.total(w.grad, "reduce_gradients")
+                if bucket and (bucket[0].dtype != w.dtype or sum(g.numel() for g in bucket) > BUCKET):
+                    self._add_up(bucket)
+                    bucket = []
+                bucket.append(w.grad)
+        self._add_up(bucket)
+
+    def _add_up(self, grads: list[Tensor]) -> None:
+        """Their sums over the ranks, in one message."""
+        if grads and self.size > 1:
+            flat = self.ranks.total(torch.cat([g.flatten() for g in grads]), "reduce_gradients")
+            for g, new in zip(grads, torch.split(flat, [g.numel() for g in grads])):
+                g.copy_(new.view_as(g))
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over the ranks of what each has, without a gradient."""

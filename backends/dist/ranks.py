@@ -75,6 +75,8 @@ class Watch(threading.Thread):
 
     def blame(self) -> str:
         """Who is at fault, by what the ranks answer to an alarm."""
+        if self.ended.is_set():
+            return "the plan was closed before, so that no rank is asked"
         self.wanted.set()
         settled = self.settled.wait(3 * PERIOD + PATIENCE)
         held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # by rank 0, unless the launcher holds it
