@@ -149,6 +149,12 @@ def by_name(unit: Unit, result: Sequence[Tensor]) -> dict[str, Tensor]:
     return outputs
 
 
+def over_chunks(unit: Unit, output: str) -> bool:
+    """Whether an output's rows are chunks, of which there are more places than chunks where values cannot be read."""
+    axes = unit.graph[dict(unit.graph.outputs)[output]].axes
+    return any(unit.graph.axis[a].kind == "chunk" for a in axes)
+
+
 def leaves(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, device: str) -> dict[str, Tensor]:
     out = {}
     for name, x in tensors.items():
@@ -178,6 +184,7 @@ def errors(module: ModuleType, semantic: Unit, case: Case) -> dict[str, float]:
         for name, x in ref.items():
             y = got[name].to("cpu", torch.complex128 if x.is_complex() else torch.float64)
             y = y.expand(x.shape) if y.shape == x.shape[1:] else y  # made of parameters alone
+            y = y[: len(x)] if kind == "out" and over_chunks(semantic, name) else y  # behind the last are copies
             assert y.shape == x.shape, (name, y.shape, x.shape)
             found[f"{kind} {name}"] = worst(y, x, case.dtype)
             if x.requires_grad and y.requires_grad:

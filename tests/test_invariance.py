@@ -422,9 +422,13 @@ SYSTEMS = re.compile(
 
 
 def test_no_file_of_the_compiler_names_a_system() -> None:
+    """But for the list of other libraries' functions that `chunkc bench` calls: which of them applies is found by
+    running their definitions (`tests/test_bench.py`)."""
     found = []
     for folder in ("compiler", "backends", "ir", "dsl"):
         for path in sorted((ROOT / folder).rglob("*")):
+            if path == ROOT / "compiler" / "bench" / "peers.py":
+                continue
             if path.is_file() and path.suffix in (".py", ".lark", ".md", ".txt", ".json", ".toml"):
                 found += [f"{path.name}: {m[0]}" for m in SYSTEMS.finditer(path.read_text())]
     assert not found

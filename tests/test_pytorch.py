@@ -29,7 +29,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     "causal_attention": {"heads": 4, "kv": 2}, "document_attention": {"heads": 4}, "hybrid": {"heads": 4, "window": 9},
     "rat": {"heads": 4, "shared": 2, "length": 4},
 }  # fmt: skip
-RECURRENT_IN_CHUNKS = ("rat",)  # where its chunks lie is read from memory
+PACKED = [("gated_linear_attention", {}), ("causal_attention", {}), ("hybrid", {}), ("rat", {}), ("mlstm", {}),
+          ("gru", {"lengths": (3, 0, 1, 7)})]  # fmt: skip
 BOTH = ("gated_linear_attention", "hybrid", "hgrn")
 each_layer = pytest.mark.parametrize("name", LAYERS)
 
@@ -65,7 +66,7 @@ def test_autocast(name: str) -> None:
     assert not torch.equal(y, whole)
 
 
-@pytest.mark.parametrize("name", [n for n in LAYERS if n not in RECURRENT_IN_CHUNKS])
+@each_layer
 def test_compile_has_no_break(name: str) -> None:
     torch._dynamo.reset()
     tokens = 12 if name in ("gru",) else 70  # what runs a token at a time is unrolled
@@ -80,11 +81,70 @@ def test_compile_has_no_break(name: str) -> None:
         torch.testing.assert_close(a.grad, b.grad)
 
 
-@pytest.mark.parametrize("name", [n for n in LAYERS if n not in RECURRENT_IN_CHUNKS])
+@each_layer
 def test_export(name: str) -> None:
     made, given = layer(name), inputs(name, 12 if name == "gru" else 70)
     exported = torch.export.export(made, given)
     torch.testing.assert_close(exported.module()(*given), made(*given))
+
+
+# -- packed batches ----------------------------------------------------------------------------------------------------
+
+
+def packing(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Tokens in one row, and where each sequence begins."""
+    torch.manual_seed(2)
+    return torch.randn(1, sum(lengths), 32), torch.tensor([0, *lengths]).cumsum(0)
+
+
+def results(made: Callable[..., Tensor], x: Tensor, cu_seqlens: Tensor, weights: list[nn.Parameter]) -> list[Tensor]:
+    """The outputs, and the gradients of tokens and weights."""
+    x = x.detach().requires_grad_()
+    y = made(x, cu_seqlens=cu_seqlens)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *weights])]
+
+
+@pytest.mark.parametrize(("name", "more"), PACKED)
+def test_packed_batches_compile(name: str, more: dict[str, tuple[int, ...]]) -> None:
+    """Empty sequences and one of a token among them: as without a compiler, and as each sequence alone."""
+    torch._dynamo.reset()
+    lengths = more.get("lengths", (13, 0, 1, 66, 0))
+    made, (x, offsets) = layer(name), packing(lengths)
+    weights = list(made.parameters())
+    found = results(torch.compile(made, fullgraph=True, backend="aot_eager"), x, offsets, weights)
+    for a, b in zip(found, results(made, x, offsets, weights)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    alone = torch.cat([made(part) for part in x.split(lengths, 1) if part.shape[1]], 1)
+    torch.testing.assert_close(found[0], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "more"), PACKED)
+def test_packed_batches_are_exported(name: str, more: dict[str, tuple[int, ...]]) -> None:
+    """One program for all ways to divide so many tokens into so many sequences."""
+    lengths = more.get("lengths", (13, 0, 1, 66, 0))
+    made, (x, offsets) = layer(name), packing(lengths)
+    program = torch.export.export(made, (x,), {"cu_seqlens": offsets}).module()
+    for other in (lengths, lengths[::-1], (sum(lengths), *[0] * (len(lengths) - 1))):
+        offsets = packing(other)[1]
+        torch.testing.assert_close(program(x, cu_seqlens=offsets), made(x, cu_seqlens=offsets), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gated_linear_attention", "hybrid", "rat"])
+def test_packed_batches_that_go_on_compile(name: str) -> None:
+    torch._dynamo.reset()
+    made, (x, offsets) = layer(name), packing((13, 0, 1, 20))
+    with torch.no_grad():
+        first, state = made(x, state=made.init_state(4), cu_seqlens=offsets)  # type: ignore[operator]
+        compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+        y, after = compiled(x, state=state, cu_seqlens=offsets)
+        wanted, known = made(x, state=state, cu_seqlens=offsets)
+        torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
+        last, _ = made(x, state=after, cu_seqlens=offsets)
+        torch.testing.assert_close(last, made(x, state=known, cu_seqlens=offsets)[0], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(first, y)
+
+
+# -- copies, checkpoints and types -------------------------------------------------------------------------------------
 
 
 @each_layer
@@ -116,7 +176,7 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(lambda z: made(z, *rest), (x.requires_grad_(),))
 
 
-@pytest.mark.parametrize("name", [n for n in LAYERS if n not in RECURRENT_IN_CHUNKS])
+@each_layer
 def test_meta_tensors(name: str) -> None:
     made = layer(name).to("meta")
     given = [x.to("meta") for x in inputs(name)]

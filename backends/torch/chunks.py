@@ -2,13 +2,15 @@
 
 Copied into each package as `_chunks.py`. Shapes: N sequences, M chunks in all; a value over chunks is [rows, chunks,
 ...]: a row a sequence in a dense batch that starts at position 0 (all have as many chunks), else one row with all. How
-many there are is read from the device where it does not follow from shapes.
+many there are is read from the device where it does not follow from shapes; where it cannot be read, there are as many
+as shapes allow: those behind the last are empty, and values over chunks have copies of the last one's there.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from chunkc.backends.torch.runtime import Sequences
 
@@ -39,9 +41,11 @@ class Chunks:
             begins = inside.reshape(-1)
         else:
             counts = torch.where(some, (rest + lengths + n - 1) // n, 0)
-            own, owner, place = _ragged(seq, counts)
-            begins = seq.offsets[owner] + (place * n - rest[owner]).clamp(min=0)
-        return Chunks(seq, _cut(seq, begins), own, some & (rest > 0), (rest + lengths) % n > 0, position // n,
+            more = int(start is not None)  # a chunk that goes on is one more
+            own = _ragged(seq, counts, -(-seq.most // n) + more, seq.rows * seq.tokens // n + (1 + more) * seq.count)
+            owner = own.owner
+            begins = seq.offsets[owner] + (own.place * n - rest[owner]).clamp(min=0)
+        return Chunks(seq, _cut(seq, begins, own, n), own, some & (rest > 0), (rest + lengths) % n > 0, position // n,
                       position, n)  # fmt: skip
 
     @staticmethod
@@ -49,26 +53,28 @@ class Chunks:
         """n spans, equal up to rounding: some are empty where there are fewer tokens."""
         lengths = seq.offsets.diff()
         begins = seq.offsets[:-1, None] + torch.arange(n, device=seq.device) * lengths[:, None] // n
+        own = Sequences(seq.rows, n, None, seq.like)
         if seq.packed:
-            own, _, _ = _ragged(seq, torch.full_like(lengths, n))
-        else:
-            own = Sequences(seq.rows, n, None, seq.like)
+            each = torch.arange(seq.count + 1, device=seq.device) * n
+            own = Sequences(1, seq.count * n, each, seq.like, most=n)
         never, zero = torch.zeros_like(lengths, dtype=torch.bool), torch.zeros_like(lengths)
-        return Chunks(seq, _cut(seq, begins.reshape(-1)), own, never, never, zero, zero)
+        longest = -(-seq.most // n)
+        return Chunks(seq, _cut(seq, begins.reshape(-1), own, longest), own, never, never, zero, zero)
 
     @staticmethod
     def runs(seq: Sequences, begins: Tensor, start: Tensor | None) -> Chunks:
         """A chunk begins where `begins` [B, T] holds, and with each sequence; the last one may go on."""
         lengths = seq.offsets.diff()
         position = torch.zeros_like(lengths) if start is None else start
-        flat, first = begins.reshape(-1), seq.place == 0
-        edge = (flat | first).nonzero()[:, 0]
-        counts = torch.zeros_like(lengths).index_add(0, seq.owner[edge], torch.ones_like(edge))
-        own, _, _ = _ragged(seq, counts)
-        continues = torch.zeros_like(lengths, dtype=torch.bool)
-        heads = first.nonzero()[:, 0]
-        continues[seq.owner[heads]] = (position[seq.owner[heads]] > 0) & ~flat[heads]
-        return Chunks(seq, _cut(seq, edge), own, continues, lengths > 0, torch.zeros_like(lengths), position)
+        flat = begins.reshape(-1)
+        edges = (flat | (seq.place == 0)).long()
+        counts = torch.zeros_like(lengths).index_add(0, seq.owner, edges)
+        own = _ragged(seq, counts, seq.most, flat.shape[0])
+        edge = torch.searchsorted(edges.cumsum(0), own.token + 1)
+        goes_on = ~F.pad(flat, (0, 1))[seq.offsets[:-1]]  # a sequence without tokens may stand behind the last one
+        continues = (lengths > 0) & (position > 0) & goes_on
+        return Chunks(seq, _cut(seq, edge, own, seq.most), own, continues, lengths > 0, torch.zeros_like(lengths),
+                      position)  # fmt: skip
 
     # -- where they lie ----------------------------------------------------------------------------------------------
 
@@ -77,6 +83,8 @@ class Chunks:
         return self.own.offsets[:-1]
 
     def _own_shape(self, flat: Tensor) -> Tensor:
+        if self.own.spare and flat.shape[0]:
+            flat = flat[self.own.token]
         return flat.view(self.own.rows, self.own.tokens, *flat.shape[1:])
 
     def of(self) -> Tensor:
@@ -195,19 +203,23 @@ class Chunks:
         return self.complete() > step
 
 
-def _ragged(seq: Sequences, counts: Tensor) -> tuple[Sequences, Tensor, Tensor]:
-    """Sequences of as many chunks each, in one row; for each chunk its sequence and its place in it."""
+def _ragged(seq: Sequences, counts: Tensor, each: int, together: int) -> Sequences:
+    """Sequences of as many chunks each, in one row: no more than `each`, and no more than `together` in all."""
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    own = Sequences(1, int(offsets[-1]), offsets, seq.like)
-    return own, own.owner, own.place
+    tokens = min(each * seq.count, together) if seq.blind else int(offsets[-1])
+    return Sequences(1, tokens, offsets, seq.like, most=each, spare=seq.blind)
 
 
-def _cut(seq: Sequences, begins: Tensor) -> Sequences:
-    """The tokens of the sequences with a chunk for a sequence; a single token a row stays a dense batch."""
+def _cut(seq: Sequences, begins: Tensor, own: Sequences, longest: int) -> Sequences:
+    """The tokens of the sequences with a chunk for a sequence; a single token a row stays a dense batch.
+
+    No chunk has more than `longest` tokens."""
     if seq.one_token and begins.shape[0] == seq.rows:
         return seq
-    ends = begins.new_full((1,), seq.rows * seq.tokens)
-    return Sequences(seq.rows, seq.tokens, torch.cat([begins, ends]), seq.like)
+    total = seq.rows * seq.tokens
+    if own.spare:
+        begins = begins.masked_fill(torch.arange(begins.shape[0], device=seq.device) >= own.offsets[-1], total)
+    return Sequences(seq.rows, seq.tokens, torch.cat([begins, begins.new_full((1,), total)]), seq.like, most=longest)
 
 
 def _wide(mask: Tensor, like: Tensor) -> Tensor:

@@ -63,10 +63,17 @@ class Sequences:
     """Where each sequence of a batch lies, and how its tokens fall into tiles.
 
     A dense batch is a packed one with equal lengths: `offsets` [N + 1] counts tokens of all rows laid end to end.
+
+    Where values cannot be read (`blind`: torch.compile, torch.export, meta tensors), shapes bound what there may be:
+    tiles beyond the last are empty, rows are as long as the longest sequence may be (`most`, else all tokens). With
+    `spare` there may be fewer tokens than places for them: those behind the last are copies of it.
     """
 
-    def __init__(self, rows: int, tokens: int, cu_seqlens: Tensor | None, like: Tensor) -> None:
+    def __init__(self, rows: int, tokens: int, cu_seqlens: Tensor | None, like: Tensor, most: int | None = None,
+                 spare: bool = False) -> None:  # fmt: skip
         self.rows, self.tokens, self.device, self.given = rows, tokens, like.device, like.dtype
+        self.blind = torch.compiler.is_compiling() or like.is_meta
+        self.most, self.spare = tokens if most is None else min(most, tokens), spare
         self.like = like.new_empty(0)
         device = like.device
         self.packed = cu_seqlens is not None
@@ -87,18 +94,31 @@ class Sequences:
         return self._cache[key]
 
     @property
+    def token(self) -> Tensor:
+        """The B*T tokens' numbers."""
+
+        def make() -> Tensor:
+            tokens = torch.arange(self.rows * self.tokens, device=self.device)
+            return torch.minimum(tokens, self.offsets[-1:] - 1).clamp(min=0) if self.spare else tokens
+
+        token: Tensor = self._once("token", make)
+        return token
+
+    @property
     def owner(self) -> Tensor:
         """For each of the B*T tokens the sequence it belongs to."""
-        total = self.rows * self.tokens
-        owner: Tensor = self._once("owner", lambda: torch.searchsorted(
-            self.offsets[1:].contiguous(), torch.arange(total, device=self.device), right=True))  # fmt: skip
+
+        def make() -> Tensor:
+            owner = torch.searchsorted(self.offsets[1:].contiguous(), self.token, right=True)
+            return owner.clamp(max=max(self.count - 1, 0)) if self.spare else owner  # there may be no token at all
+
+        owner: Tensor = self._once("owner", make)
         return owner
 
     @property
     def place(self) -> Tensor:
         """For each of the B*T tokens its position in its sequence."""
-        total = self.rows * self.tokens
-        place: Tensor = self._once("place", lambda: torch.arange(total, device=self.device) - self.offsets[self.owner])
+        place: Tensor = self._once("place", lambda: self.token - self.offsets[self.owner])
         return place
 
     def positions(self, start: Tensor | None) -> Tensor:
@@ -113,13 +133,19 @@ class Sequences:
     # -- tiles -------------------------------------------------------------------------------------------------------
 
     def _tiling(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Token of each place of each tile [n, C], whether there is one, and the first tile and tile count [N]."""
+        """Token of each place of each tile [n, C], whether there is one, and the first tile and tile count [N].
+
+        The last tile of a packed batch is empty if values cannot be read: `steps` needs one."""
 
         def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
             start, stop, first, counts = self.tile_table()
-            used = int(counts.sum()) if self.packed else start.shape[0]  # a dense batch's are known without its values
-            token = start[:used, None] + torch.arange(TILE, device=self.device)
-            return token, token < stop[:used, None], first, counts
+            if self.packed and not self.blind:  # a dense batch's are known without its values
+                used = int(counts.sum())
+                start, stop = start[:used], stop[:used]
+            elif self.packed and start.shape[0]:
+                start, stop = F.pad(start, (0, 1)), F.pad(stop, (0, 1))
+            token = start[:, None] + torch.arange(TILE, device=self.device)
+            return token, token < stop[:, None], first, counts
 
         result: tuple[Tensor, Tensor, Tensor, Tensor] = self._once("tiling", make)
         return result
@@ -132,7 +158,9 @@ class Sequences:
         def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
             counts = (self.offsets.diff() + TILE - 1) // TILE
             ends = counts.cumsum(0)
-            most = self.rows * self.tokens // TILE + self.count if self.packed else -(-self.tokens // TILE) * self.rows
+            tokens = self.rows * self.tokens
+            most = -(-self.most // TILE) * self.count
+            most = min(most, tokens // TILE + min(self.count, tokens)) if self.packed else most
             tiles = torch.arange(most, device=self.device)
             owner = torch.searchsorted(ends, tiles, right=True)
             known = owner.clamp(max=self.count - 1)
@@ -162,10 +190,9 @@ class Sequences:
         if not self.packed:
             whole = x.transpose(1, 2).reshape(self.rows, -(-self.tokens // TILE) * TILE, x.shape[1], x.shape[3])
             return whole[:, : self.tokens]
-        token, inside, _, _ = self._tiling()
-        rows = x.transpose(1, 2)[inside]
-        out = torch.empty_like(rows)
-        out[token[inside]] = rows
+        _, _, first, _ = self._tiling()
+        tile = first[self.owner] + self.place // TILE
+        out = x.transpose(1, 2)[tile.clamp(max=max(x.shape[0] - 1, 0)), self.place % TILE]
         return out.view(self.rows, self.tokens, *out.shape[1:])
 
     def steps(self, reverse: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -175,7 +202,13 @@ class Sequences:
             for step in range(each):
                 yield row * each + (each - 1 - step if reverse else step), row
             return
-        _, _, first, counts = self._tiling()
+        token, _, first, counts = self._tiling()
+        if self.blind:  # every sequence walks as far as the longest may go: behind its end over the empty tile
+            everyone = torch.arange(self.count, device=self.device)
+            for step in range(-(-self.most // TILE)):
+                tile = first + (counts - 1 - step if reverse else step)
+                yield torch.where(counts > step, tile, token.shape[0] - 1), everyone
+            return
         longest = int(counts.max()) if self.count else 0
         for step in range(longest):
             active = (counts > step).nonzero()[:, 0]
@@ -251,8 +284,7 @@ class Sequences:
         """The tokens of `padded` back in their rows."""
         if not self.packed:
             return x
-        _, inside = self._rows()
-        return x[inside].view(self.rows, self.tokens, *x.shape[2:])
+        return x[self.owner, self.place].view(self.rows, self.tokens, *x.shape[2:])
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         def make() -> tuple[Tensor, Tensor]:
@@ -263,8 +295,10 @@ class Sequences:
         return result
 
     def longest(self) -> int:
-        """The tokens of the longest sequence."""
-        return self.tokens if not self.packed else int(self.offsets.diff().max()) if self.count else 0
+        """The tokens of the longest sequence, or as many as it may have."""
+        if self.blind or not self.packed:
+            return self.most
+        return int(self.offsets.diff().max()) if self.count else 0
 
     def alive(self, step: int) -> Tensor:
         """Which sequences have a token at this position [N]."""
@@ -272,16 +306,20 @@ class Sequences:
 
     def reduce(self, x: Tensor, fn: str) -> Tensor:
         """A reducer over the whole of each sequence [N, ...]; of nothing it is 0."""
-        flat = x.reshape(self.rows * self.tokens, *x.shape[2:])
         if fn == "any":
             return self.reduce(x.to(torch.int8), "max").bool()
+        flat, owner = x.reshape(self.rows * self.tokens, *x.shape[2:]), self.owner
+        if self.spare:  # copies of the last token count for no sequence
+            copies = torch.arange(flat.shape[0], device=self.device) >= self.offsets[-1]
+            owner = owner.masked_fill(copies, self.count)
+        zero = flat.new_zeros((self.count + self.spare, *flat.shape[1:]))
         if fn in ("sum", "mean"):
-            total = flat.new_zeros((self.count, *flat.shape[1:])).index_add(0, self.owner, flat)
+            total = zero.index_add(0, owner, flat)[: self.count]
             length = self.offsets.diff().clamp(min=1).view(-1, *[1] * (flat.dim() - 1))
             return total if fn == "sum" else total / length
-        index = self.owner.view(-1, *[1] * (flat.dim() - 1)).expand_as(flat)
-        zero = flat.new_zeros((self.count, *flat.shape[1:]))
-        return zero.scatter_reduce(0, index, flat, "amax" if fn == "max" else "amin", include_self=False)
+        index = owner.view(-1, *[1] * (flat.dim() - 1)).expand_as(flat)
+        fn = "amax" if fn == "max" else "amin"
+        return zero.scatter_reduce(0, index, flat, fn, include_self=False)[: self.count]
 
     def normalize(self, x: Tensor, fn: str, dims: tuple[int, ...]) -> Tensor:
         """A normaliser along each sequence, and along `dims` of each token."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from chunkc.bench.draws import Operand, operands, weights
 from chunkc.bench.masks import Mask, NotOfPositions, mask_of
 from chunkc.bench.parts import Part
-from chunkc.bench.peers import PEERS, Extra, Peer, retention_gate
+from chunkc.bench.peers import PEERS, Extra, Peer, falling_decays
 from chunkc.bench.roles import Roles, factors, roles_of, timed
 from chunkc.bench.sizes import Sizes
 from chunkc.interp import Interpreter, Run
@@ -248,6 +248,6 @@ class Matcher:
         if any(0 in o.shape for o in found):
             return None
         gates = tuple(replace(o, high=0.0) if o.name == "g" else o for o in found)
-        constant = tuple(retention_gate(self.count("H")).tolist())
+        constant = tuple(falling_decays(self.count("H")).tolist())
         gates = tuple(replace(o, values=constant) if o.name == "g" and len(o.shape) == 1 else o for o in gates)
         return Match(peer, OTHER, gates, self.usual_scale())

@@ -75,7 +75,7 @@ def _gate(g: Tensor, t: int) -> Tensor:
     return g[:, t, :, :, None] if g.dim() == 4 else g[:, t, :, None, None]
 
 
-def retention_gate(heads: int) -> Tensor:
+def falling_decays(heads: int) -> Tensor:
     """The logarithms of the decays of the paper: 1 - 2^(-5 - head)."""
     return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, dtype=torch.float64)))
 
@@ -171,7 +171,7 @@ def _plain(x: Operands, extra: Extra) -> Tensor:
 
 
 def _retention(x: Operands, extra: Extra) -> Tensor:
-    return recurrence({**x, "g": retention_gate(x["q"].shape[2]).to(x["q"])}, extra.scale)
+    return recurrence({**x, "g": falling_decays(x["q"].shape[2]).to(x["q"])}, extra.scale)
 
 
 def _bonus(x: Operands, extra: Extra) -> Tensor:

@@ -33,7 +33,7 @@ from chunkc.ir import nodes as N
 from chunkc.ir.diagnostics import SourceFile
 
 SHORT = 70  # tokens of the check: more than a tile, and not a multiple of one
-TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-3}  # ‖x − exact‖ over ‖exact‖ beyond which a result is wrong
+TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 4e-3}  # ‖x − exact‖ over ‖exact‖; products may be in TF32
 ROUNDINGS = 8.0  # it may also be off by what so many roundings of the inputs do to it
 LEAST = 1e-2  # a tensor counts as at least this part of the largest
 
