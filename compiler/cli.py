@@ -32,6 +32,7 @@ from chunkc.ir.diagnostics import (
     SourceFile,
     Span,
     error,
+    render_github,
     render_json,
     render_text,
 )
@@ -168,7 +169,7 @@ def check(session: Session, files: tuple[str, ...], form: str) -> int:
         click.echo(render_json(session.found, session.sources))
     elif form == "github":
         for d in session.found:
-            click.echo(_github(d, session.sources))
+            click.echo(render_github(d, session.sources))
     else:
         session.finish()
         session.talk(_summary(session.found, len(paths)))
@@ -183,24 +184,6 @@ def _summary(found: list[Diagnostic], files: int) -> str:
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
-
-
-def _github(d: Diagnostic, sources: dict[str, SourceFile]) -> str:
-    """The diagnostic as an annotation that GitHub shows beside the line."""
-
-    def escaped(text: str, more: str = "") -> str:
-        for c in "%\r\n" + more:
-            text = text.replace(c, f"%{ord(c):02X}")
-        return text
-
-    source = sources.get(d.span.file, SourceFile(d.span.file, ""))
-    (line, column), (end_line, end_column) = source.position(d.span.start), source.position(d.span.end)
-    place: dict[str, object] = {"file": d.span.file, "line": line, "endLine": end_line, "title": d.code}
-    if line == end_line:  # columns are refused for a range of lines
-        place |= {"col": column, "endColumn": end_column}
-    fields = ",".join(f"{k}={escaped(str(v), ':,')}" for k, v in place.items())
-    lines = [f"{d.message}: {d.label}" if d.label else d.message, *d.notes, *d.hints]
-    return f"::{'error' if d.severity == 'error' else 'warning'} {fields}::{escaped(chr(10).join(lines))}"
 
 
 # -- build -------------------------------------------------------------------------------------------------------------
@@ -296,8 +279,6 @@ def explain(session: Session, what: str, as_json: bool, mask: bool, length: int,
 
 def _mesh(compiled: Compiled, given: tuple[str, ...]) -> dict[str, int]:
     """The sizes of a mesh's axes; an axis that the layout does not have is an error at the layout."""
-    from chunkc.ir.diagnostics import error
-
     layout = next((u.parallel for u in compiled.units if u.parallel is not None), None)
     if layout is None:
         raise click.UsageError("this file has no parallel layout: --mesh means nothing")

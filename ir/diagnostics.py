@@ -201,3 +201,21 @@ def as_record(d: Diagnostic, sources: Mapping[str, SourceFile]) -> dict[str, Any
 def render_json(diagnostics: Iterable[Diagnostic], sources: Mapping[str, SourceFile]) -> str:
     """All diagnostics as one JSON list."""
     return json.dumps([as_record(d, sources) for d in diagnostics], indent=2)
+
+
+def render_github(d: Diagnostic, sources: Mapping[str, SourceFile]) -> str:
+    """The diagnostic as an annotation that GitHub shows beside the line."""
+
+    def escaped(text: str, more: str = "") -> str:
+        for c in "%\r\n" + more:
+            text = text.replace(c, f"%{ord(c):02X}")
+        return text
+
+    source = sources.get(d.span.file, SourceFile(d.span.file, ""))
+    (line, column), (end_line, end_column) = source.position(d.span.start), source.position(d.span.end)
+    place: dict[str, object] = {"file": d.span.file, "line": line, "endLine": end_line, "title": d.code}
+    if line == end_line:  # columns are refused for a range of lines
+        place |= {"col": column, "endColumn": end_column}
+    fields = ",".join(f"{k}={escaped(str(v), ':,')}" for k, v in place.items())
+    lines = [f"{d.message}: {d.label}" if d.label else d.message, *d.notes, *d.hints]
+    return f"::{'error' if d.severity == 'error' else 'warning'} {fields}::{escaped(chr(10).join(lines))}"
