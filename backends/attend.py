@@ -63,12 +63,13 @@ class Form:
 
 @dataclass(frozen=True)
 class Tile:
-    """A source's functions of a tile: their names (`seen` is None where every tile is), the operands that `seen`
-    compares, the sizes that all are given first, and their text."""
+    """A source's functions of a tile: their names (`seen` is None where every tile is, `mask` where `seen` decides),
+    the operands that `seen` compares, the sizes that all are given first, and their text."""
 
     scores: str
     gradients: str
     seen: str
+    mask: str
     compared: list[int]
     sizes: list[str]
     text: str
@@ -201,7 +202,7 @@ def call(p: Layout, form: Form, tiles: list[Tile], cached: dict[str, tuple[str, 
         sides = "".join(form.side(source, n.name) for n in form.inputs(source))
         made.append(p.fresh("source"))
         w(f"{made[-1]} = Source(")
-        names = [x if x == "None" else f"_torch.{x}" for x in (tile.scores, tile.gradients, tile.seen)]
+        names = [x if x == "None" else f"_torch.{x}" for x in (tile.scores, tile.gradients, tile.seen, tile.mask)]
         compared = "".join(f"{k}, " for k in tile.compared).rstrip()
         w(f"    {rows}, {', '.join(names)}, ({compared}), ({''.join(s + ', ' for s in tile.sizes).rstrip()}),")
         w(f'    ({"".join(o + ", " for o in operands).rstrip()}), "{sides}", "{form.read(source)}")')

@@ -64,7 +64,7 @@ MODULE_NAMES = frozenset(_MODULE_NAMES.split())
 
 
 # What an emitted module calls the states, pointers and functions that it makes of others.
-_MADE = re.compile(r"(next|state|now|new|score|chunks|seq)_\w+|\w+_(ptr|Scan|scan|step|scores|gradients|seen)")
+_MADE = re.compile(r"(next|state|now|new|score|chunks|seq)_\w+|\w+_(ptr|Scan|scan|step|scores|gradients|seen|mask)")
 
 
 def identifier(name: str) -> str:

@@ -37,6 +37,8 @@ OPS = {
     "runs": masked("s <= t and c(s) == c(t)", "input doc[t]: int\n  chunk c of t = runs(doc)"),
     "prefix": masked("s <= t or pre[t = s]", "input pre[t]: bool"),
     "dilated": masked("s <= t and (t - s) % (h + 1) == 0"),
+    "stripes": masked("s <= t and floor(t / 8) % 3 == floor(s / 8) % 3 and (t * s) % 5 != 1"),
+    "diagonals": masked("s <= t and floor((t - s) / 8) % 4 == 0"),
     "nothing": masked("s < t and t - s < 0"),
     "alibi": scored("dot[i](q, k) - (t - s) * exp(-h)"),
     "softcap": scored("5 * tanh(dot[i](q, k) / 5)"),

@@ -61,6 +61,20 @@ def test_against_the_interpreter(built: Any, name: str, tile: int, dtype: torch.
         assert max(found.values()) <= 1, (lengths, {k: v for k, v in found.items() if v > 1})
 
 
+def test_a_mask_that_is_no_comparison_leaves_tiles_out(built: Any) -> None:
+    """Of tiles on and below the diagonal those alone are scored in which some pair is seen."""
+    module, unit = built("diagonals", 8)
+    inputs, _ = draw(unit, Case(SIZES, [64]))
+    torch_part = sys.modules[f"{module.__name__}._torch"]
+    scores, calls = torch_part.y_scores, []
+    torch_part.y_scores = lambda *given: calls.append(0) or scores(*given)
+    module.attends(**{n: x[None] for n, x in inputs.items()}, **SIZES)
+    torch_part.y_scores = scores
+    seen = sum(any((t - s) // 8 % 4 == 0 for t in range(8 * a, 8 * a + 8) for s in range(8 * b, 8 * b + 8) if s <= t)
+               for a in range(8) for b in range(8))  # fmt: skip
+    assert len(calls) == seen < 36
+
+
 @each_op
 def test_what_is_causal(built: Any, name: str) -> None:
     assert bool(built(name, 8)[1].looks_ahead) == (name in AHEAD)

@@ -82,12 +82,13 @@ class Source:
     `scores(*sizes, at, at_rows, *operands)` gives a tile's logits [N, C, S, *L], values and mask; `gradients`, called
     likewise with the gradients of logits and values, those of the operands. `seen` takes least and most in the place of
     values, of places and of those operands that `compared` numbers: whether some query of a tile may see some row.
-    `read` sums weights times values, as einsum writes it."""
+    `mask`, where it is more than comparisons, gives which do. `read` sums weights times values, as einsum writes it."""
 
     rows: Places | None  # None: one row, each query's own
     scores: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
     gradients: Callable[..., tuple[Tensor | None, ...]]
     seen: Callable[..., Tensor | bool] | None
+    mask: Callable[..., Tensor] | None
     compared: tuple[int, ...]
     sizes: tuple[Any, ...]
     operands: tuple[Tensor, ...]
@@ -162,7 +163,7 @@ class Attention:
             return
         tiles = source.rows.tiles(ROWS)
         known = self.queries.known and source.rows.known
-        blind = torch.compiler.is_compiling() or self.queries.at.is_meta  # values must not be read
+        blind = self.blind()
         if source.seen is None or not tiles or not known and blind:
             yield from tiles
             return
@@ -182,6 +183,17 @@ class Attention:
         some = source.seen(*source.sizes, _bounds(self.queries.at, [part]), below, *given)
         seen = torch.as_tensor(some).expand(self.queries.at.shape[0], len(tiles)).any(0)
         yield from (tile for tile, found in zip(tiles, seen.tolist()) if found)
+
+    def some(self, source: Source, given: list[Tensor]) -> bool:
+        """Whether a pair of a tile is seen, or that cannot be known."""
+        if source.mask is None or self.blind():
+            return True
+        return bool(source.mask(*source.sizes, *given).any())
+
+    def blind(self) -> bool:
+        """Whether values must not be read."""
+        at = self.queries.at
+        return torch.compiler.is_compiling() or at.is_meta or at.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def tile(self, source: Source, part: slice, tile: slice, operands: tuple[Tensor, ...]) -> list[Tensor]:
         """The operands of one tile, places first."""
@@ -210,7 +222,10 @@ class Attention:
         for part in self.queries.tiles(QUERIES):
             most, total, read = sums.most[:, part], sums.total[:, part], sums.read[:, part]
             for tile in self.tiles(source, part, operands):
-                logit, value = self.scores(source, tile, self.tile(source, part, tile, operands))
+                given = self.tile(source, part, tile, operands)
+                if not self.some(source, given):
+                    continue
+                logit, value = self.scores(source, tile, given)
                 new = torch.maximum(most, logit.amax(2))
                 safe = new.masked_fill(new == -math.inf, 0.0)
                 weight = torch.exp(logit - safe[:, :, None]).expand(*most.shape[:2], -1, *self.heads)
@@ -251,6 +266,8 @@ class Attention:
             top, logs, d_out = result.top[:, part, None], result.logs[:, part, None], result.d_out[:, part]
             for tile in self.tiles(source, part, operands):
                 given = self.tile(source, part, tile, operands)
+                if not self.some(source, given):
+                    continue
                 logit, value = self.scores(source, tile, given)
                 weight = torch.exp(logit - top - logs)
                 d_value, d_weight = None, -result.delta[:, part, None]

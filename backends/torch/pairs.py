@@ -107,9 +107,14 @@ class Pairs(Body):
 
     # -- tiles that are seen -----------------------------------------------------------------------------------------
 
-    def seen(self, mask: str) -> str:
-        """The text of whether a mask may hold of some pair of two tiles."""
-        return Seen(self.graph, self.leaf, lambda n: n.size.text(9, self.known()), "larger").holds(mask)  # type: ignore[arg-type]
+    def seen(self) -> Seen:
+        """How it is decided whether two tiles see each other."""
+        return Seen(self.graph, self.leaf, lambda n: n.size.text(9, self.known()), "larger")  # type: ignore[arg-type]
+
+    def mask(self) -> str:
+        """The text of which pairs of a tile are seen."""
+        wanted = (self.form.query or "", self.source.axis or "", *self.form.heads)
+        return self.laid(dict(self.graph.outputs)["mask"], wanted)
 
     def leaf(self, node: N.AnyNode) -> Bounds | None:
         if not (isinstance(node, N.Input) or self.is_place(node)):
@@ -143,8 +148,12 @@ def _tile(unit: Unit, form: Form, source: N.Source, name: str, lines: Lines) -> 
     )
     seen = "True"
     if source.mask is not None:
-        third = Pairs(unit, source.scores, form, source, lines)
-        seen = third.seen(dict(source.scores.outputs)["mask"])
+        mask = dict(source.scores.outputs)["mask"]
+        third = Pairs(unit, source.scores.evolve(outputs=(("mask", mask),)).pruned(), form, source, lines)
+        seen = third.seen().holds(mask)
+        if third.seen().opaque(mask):
+            third.emit()
+            bodies["mask"] = third.w.lines, third.mask()
     if seen not in ("True", "False"):
         bodies["seen"] = [], seen
     everything = "\n".join(x for body, result in bodies.values() for x in [*body, result])
@@ -157,18 +166,20 @@ def _tile(unit: Unit, form: Form, source: N.Source, name: str, lines: Lines) -> 
     for kind, (body, result) in bodies.items():
         operands = first.operands if kind != "seen" else [first.operands[k] for k in compared]
         _function(w, f"{name}_{kind}", kind, sizes, operands, floats, body, result, lines.place(form.node.span))
-    seen_name = f"{name}_seen" if "seen" in bodies else "None"
-    return Tile(f"{name}_scores", f"{name}_gradients", seen_name, compared, sizes, w.text())
+    seen_name, mask_name = (f"{name}_{kind}" if kind in bodies else "None" for kind in ("seen", "mask"))
+    return Tile(f"{name}_scores", f"{name}_gradients", seen_name, mask_name, compared, sizes, w.text())
 
 
 _RESULT = {
     "scores": "tuple[Tensor, Tensor | None, Tensor | None]",
     "gradients": "tuple[Tensor | None, ...]",
+    "mask": "Tensor",
     "seen": "Any",
 }
 _DOC = {
     "scores": "A tile's logits, values and mask",
     "gradients": "The operands' gradients, from those of a tile's logits and values",
+    "mask": "Which pairs of a tile are seen",
     "seen": "Whether some query of a tile may see some row of another, from least and most values",
 }
 
