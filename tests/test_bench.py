@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import attentions
+import constructs
 import pytest
 import torch
 
@@ -169,6 +171,12 @@ def test_peers_of_shipped_layers(name: str, peer: str, how: str) -> None:
     assert whole.unit.kind == "layer" and [c.unit.kind for c in cores] == ["op"]
     shape = "T=12,h=2,K=8" if "attention" in name else "T=12"
     assert compare(cores[0], shape)[peer][0] == how
+
+
+def test_what_has_no_core_and_no_peer() -> None:
+    """What is complex or over chunks is no input of an op, and no operand of a peer."""
+    assert [p.unit.kind for p in parts(constructs.SPECS["s4"])] == ["layer"]
+    assert compare(parts(attentions.OPS["summary"])[0], "T=12") == {}
 
 
 def test_a_window_is_not_taken_for_all_rows() -> None:

@@ -63,7 +63,9 @@ class Matcher:
     def matches(self, asked: tuple[str, ...] = ()) -> list[Match]:
         """The peers that are the same function, and for shapes alone those asked for, or the nearest one and dense
         attention."""
-        if self.roles is None:
+        if self.roles is None or any(
+            self.graph.axis[a].kind == "chunk" for _, axes in self.roles.letters for a in axes
+        ):
             return []
         found = [m for m in map(self.same, PEERS) if m is not None]
         names = {m.peer.name for m in found}

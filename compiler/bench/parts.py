@@ -62,7 +62,8 @@ def _alone(compiled: Compiled, unit: Unit) -> Compiled:
 def core(unit: Unit, node: N.Recur | N.Attend) -> Unit | None:
     """One recurrence or attention as an op: what it reads are inputs, with the ranges that are proven of them.
 
-    None if no sequence reaches it, or if it reads or gives something a chunk, since no input can be that."""
+    None if no sequence reaches it, if it reads something complex, or if it reads or gives something a chunk: inputs are
+    neither."""
     graph = unit.graph
     outputs = _results(graph, node)
     touched = {a for id_ in (*node.operands(), *(id_ for _, id_ in outputs)) for a in graph[id_].axes}
@@ -73,6 +74,8 @@ def core(unit: Unit, node: N.Recur | N.Attend) -> Unit | None:
     kept = {id_ for id_ in node.operands() if _normed(graph[id_])}  # vectors of length 1 stay such
     made = {graph[id_].operands()[0] if id_ in kept else id_ for id_ in node.operands()}
     made = {id_ for id_ in made if graph.reachable([id_]) & given}
+    if any(graph[id_].dtype == "complex" for id_ in made):  # emitted ops take none
+        return None
     names, ranges = _names(unit, made), Ranges(graph.by_id)
     fixed = [a for a in node.operands() if a not in made and a not in kept]
     kept |= graph.reachable([*fixed, *(n.id for n in graph.of_kind(N.Segment))])
@@ -129,7 +132,7 @@ def _operand(graph: Graph, node: N.AnyNode, name: str, ranges: Ranges) -> N.AnyN
     """An input, or for what belongs to no sequence a parameter, in the place of a computed value."""
     if isinstance(node, N.Param):
         return node.evolve(name=name, init=None)
-    low, high = (-math.inf, math.inf) if node.dtype == "complex" else ranges[node.id]
+    low, high = ranges[node.id]
     kind: type[N.Input] | type[N.Param] = N.Input if _timed(graph, node.id) else N.Param
     return kind(id=node.id, span=node.span, axes=node.axes, dtype=node.dtype, name=name,
                 low=None if math.isinf(low) else low, high=None if math.isinf(high) else high)  # fmt: skip

@@ -49,11 +49,17 @@ class Call:
 
 def seconds(run: Callable[[], Made], device: str) -> tuple[float, Made]:
     """How long a single call takes, and what it gives."""
+    wait(device)
     start = time.perf_counter()
     made = run()
+    wait(device)
+    return time.perf_counter() - start, made
+
+
+def wait(device: str) -> None:
+    """Until the GPU has done all that it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start, made
 
 
 def median_ms(run: Callable[[], Any], device: str) -> float:

@@ -95,7 +95,7 @@ class Emitted:
     def own(self, function: Callable[..., Any], sizes: Sizes) -> dict[str, Any]:
         """The parameters that the function takes."""
         takes = inspect.signature(function).parameters
-        return {name: value for name, value in sizes.settings.items() if name in takes}
+        return {public(name): value for name, value in sizes.settings.items() if public(name) in takes}
 
     def of(self, run: Callable[[], Any], given: Sequence[Tensor]) -> Call:
         count = len(self.unit.graph.outputs)
@@ -236,7 +236,9 @@ def worst(have: Results, wanted: Results) -> float:
 
 
 def _error(have: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> float:
-    pairs = [(_plain(a, b), _plain(b, a)) for a, b in zip(have, wanted) if a is not None or b is not None]
+    plain = [(_plain(a, b), _plain(b, a)) for a, b in zip(have, wanted) if a is not None or b is not None]
+    shaped = [(a.reshape(b.shape), b) for a, b in plain]  # one sequence, with its batch or without
+    pairs = [(a[torch.isfinite(b)], b[torch.isfinite(b)]) for a, b in shaped]  # infinity and nan have no error
     norms = [float(b.norm()) for _, b in pairs]
     floor = LEAST * max(norms, default=0.0)
     found = [float((a - b).norm()) / (max(n, floor) or 1.0) for (a, b), n in zip(pairs, norms)]
