@@ -186,7 +186,7 @@ def test_interpreted_kernels(built: Any, name: str) -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1"
     module, unit = built(name)
     case = Case(SETTINGS, [70, 0, 1], packed=True, resume=True, values=gates(unit, cases.mixed))
-    check(errors(module, unit, case))
+    check(errors(module, unit, case), allowed(name, torch.float32))
 
 
 @pytest.mark.interpreter
