@@ -47,24 +47,25 @@ class _Reasons:
                 yield from self.attention(node)
             elif why := self.moves(node):
                 yield node.span, why
-            elif self.each_sequence(node):
+            elif self.each_sequence(node) and not any(self.each_sequence(self.graph[a]) for a in node.operands()):
                 yield node.span, "this is a value for each sequence"
 
     def moves(self, node: N.AnyNode) -> str:
-        """Why a node needs tokens of other ranks; empty if it does not, or gets them."""
+        """Why a node needs tokens of other ranks; empty if it does not, or gets them. Chunks are a reason where they
+        are declared, and not again where they are used."""
         if isinstance(node, N.Segment) and self.along(node.chunk) and not self.counted(node):
             return f"'{node.chunk}' are chunks of it"
+        if isinstance(node, N.Reduce | N.Normalize) and node.chunk is not None:
+            return ""
         if isinstance(node, N.Reduce) and any(map(self.along, node.over)):
             return "this is a reduction along it"
         if isinstance(node, N.Normalize) and any(map(self.along, node.over)):
             return "this is a normaliser along it"
         if isinstance(node, N.Length) and self.along(node.axis):
             return "this is its length"
-        if (
-            isinstance(node, N.Gather | N.Scatter)
-            and self.along(node.axis)
-            and not isinstance(self.graph[node.arg], N.Bounds)
-        ):
+        moved = isinstance(node, N.Gather | N.Scatter) and not isinstance(self.graph[node.arg], N.Bounds)
+        axis = str(getattr(node, "axis", ""))
+        if moved and self.along(axis) and self.graph.axis[axis].kind != "chunk":
             return "this reads computed positions"
         return ""
 
@@ -85,15 +86,14 @@ class _Reasons:
 
     def each_sequence(self, node: N.AnyNode) -> bool:
         """Whether a value has no sequence, but comes from inputs. A last state only counts where it is used."""
-        if any(self.graph.axis[a].is_sequence for a in node.axes) or isinstance(node, N.Input):
+        recurrent = isinstance(node, N.Input | N.Scan | N.Recur)
+        if recurrent or any(self.graph.axis[a].is_sequence for a in node.axes):
             return False
         if isinstance(node, N.Out) and not self.users[node.id]:
             return node.id in (id_ for _, id_ in self.graph.outputs)
         return any(isinstance(self.graph[i], N.Input) for i in self.graph.reachable([node.id]))
 
     def scan(self, node: N.Scan) -> Iterator[Found]:
-        if self.along(node.axis) and node.within is not None:
-            yield node.span, f"{node.name} starts anew in each chunk"
         if self.from_input(node.initial):
             yield node.span, f"the initial value of {node.name} depends on an input"
 
@@ -116,10 +116,6 @@ class _Reasons:
             if own or node.query is None:
                 yield node.span, "an attention reads its rows for queries that are not along it"
             return
-        body = {n.id: n for n in node.body.nodes}
-        for source in node.sources:
-            if source.axis is not None and self.graph.axis[source.axis].kind == "chunk" and self.along(source.axis):
-                yield body[source.logit].span or node.span, "an attention's rows are chunks of it"
         for n in node.body.of_kind(N.Capture):
             sequences = any(self.graph.axis[a].is_sequence for a in self.graph[n.outer].axes)
             if not sequences and self.from_input(n.outer):

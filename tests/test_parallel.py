@@ -23,6 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import chunkc
+from chunkc.driver import compile_source
+from chunkc.ir.diagnostics import CompileError, SourceFile
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = """
@@ -77,6 +79,7 @@ op back(n: int) {
     "masks": """
 op masks(heads: int, kv: int, dk: int) {
   axes { t: time, s = t, u = t, h = heads, g = kv groups h, i = dk, o = 4 }
+  chunk r of t = fixed(5)
   input q[t, h, i], k[t, g, i], v[t, g, i], doc[t]: int
   param b[h], c[o]
   attention y[t, h, i] {
@@ -92,7 +95,7 @@ op masks(heads: int, kv: int, dk: int) {
     }
     over u {
       logit = -0.1 * abs(t - u) + b
-      mask = t - u > 3
+      mask = t - u > 3 or r(u) == r(t) and u >= first(r(t)) + 1
     }
     row { logit = b }
   }
@@ -117,11 +120,12 @@ op two(n: int) {
     state s[e] = s0
     s = sigmoid(x) * s + u
   }
+  near = x + s[t = -1] + s[t = t - 1]
   recurrence over p {
     state z[t, e]
     z = tanh(z + s + 0.1 * p)
   }
-  output y = z + x[t = t - 1]
+  output y = z + x[t = t - 1], near
 }
 op other(n: int) {
   axes { e: time, d = n }
@@ -407,3 +411,28 @@ def trained(made: ModuleType, steps: int) -> list[float]:
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "output y = x - mean[t](x) * 2 + 1": "this is a reduction along it",
+    "output y = softmax[t](x)": "this is a normaliser along it",
+    "output y = x * size(t)": "this is its length",
+    "output y = x[t = floor(t / 2)]": "this reads computed positions",
+    "chunk c of t = fixed(4)\nm = mean[t in c](x)\noutput y = m[c = c(t) - 1]": "'c' are chunks of it",
+    "chunk c of t = parts(4)\noutput y = x + c(t)": "'c' are chunks of it",
+    "recurrence over t {\nstate z[e]\nz = tanh(z + x)\n}\noutput z": "its steps are taken one by one",
+    "recurrence over t {\nstate z[e]\nz = z / 2 + x\n}\noutput y = z[t = size(t) - 1]": "a value for each sequence",
+    "recurrence over p {\nstate z[t, e]\nz = z + x + z[t = t - 1]\n}\noutput z": "reads other positions",
+    "attention o[e] over s {\nlogit = sum[e](x[t = s])\nvalue = x[t = s]\n}\noutput o": "queries that are not along it",
+}
+
+
+@pytest.mark.parametrize("body", REFUSED)
+def test_what_cannot_be_shared_is_refused_once(body: str) -> None:
+    text = f"op a(n: int) {{\naxes {{ t: time, s = t, e = n, p = 3 }}\ninput x[t, e]\n{body}\n}}\n"
+    with pytest.raises(CompileError) as caught:
+        compile_source(SourceFile("a.spec", text + BLOCK.replace("LAYOUT", "auto")))
+    (found,) = caught.value.diagnostics
+    assert found.code == "not-sharded" and REFUSED[body] in found.message

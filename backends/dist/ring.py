@@ -77,7 +77,7 @@ class Travelling(Places):
 
     def __init__(self, queries: Queries, cached: Tensor | None) -> None:
         assert isinstance(queries.seq, Segments)
-        self.sharded, self.queries, self.cached = queries.seq, queries, cached
+        self.seq, self.start, self.queries, self.cached = queries.seq, None, queries, cached
         count, longest = queries.at.shape[0], 0 if cached is None else cached.shape[1]
         self.kept = count * longest
         places = torch.arange(longest, device=queries.at.device)
