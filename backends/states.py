@@ -157,6 +157,8 @@ def _attend_reason(unit: Unit, node: N.Attend) -> str:
         cut = unit.graph.axis[home.parent].space if home.kind == "chunk" and home.parent else home.space
         if cut != own or rules.get(home.space, "fixed") != "fixed":
             return f"an attention reads rows over {axis}"
+        if not any(axis in n.axes for n in node.body.of_kind(N.Capture)):
+            return f"an attention reads nothing but places over {axis}, so no rows are kept"
     return "an attention looks ahead" if unit.looks_ahead else ""
 
 

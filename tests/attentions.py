@@ -68,6 +68,8 @@ OPS = {
                         head=HEAD.replace("k[s", "d_logit[s").replace("v[s", "d_value[s")),
     "off_by_one": op(f"{{\n over s {{\n {DOT} mask = s <= t\n }}\n row {{ logit = 0 }}\n}}"),
     "sink": op(f"{{\n over s {{\n {DOT} mask = s < t\n }}\n row {{ logit = b }}\n}}", "param b[h] = 0"),
+    "places_alone": op("{\n over s {\n logit = sum[i](q) * s / 40\n mask = s < t - 3\n }\n"
+                       f" over s {{\n {DOT} mask = s <= t\n }}\n}}"),
     "own_row": op(f"{{\n over s {{\n {DOT} mask = s < t\n }}\n row {{\n logit = sum[i](q)\n value = u\n }}\n}}",
                   "input u[t, h, j]"),
     "chunks": op(

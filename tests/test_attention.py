@@ -160,6 +160,26 @@ def test_in_parts(built: Any, name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+def test_rows_that_are_only_counted_are_not_kept(tmp_path: Path) -> None:
+    """A layer whose attention reads places alone does not go on from a state, which would not know of those before."""
+    text = """layer Counts(d: int) {
+  axes { t: time, s = t, i = d }
+  input x[t, i]
+  recurrence over t {
+    state h[i]
+    h = 0.5 * h + x
+    o = h
+  }
+  attention y[t] over s { logit = s * 0.1
+ value = s * 2
+ mask = s <= t }
+  output z[t, i] = y + o
+}
+"""
+    module, _, _ = emit(text, tmp_path, "counts.spec")
+    assert not hasattr(module.Counts, "step") and not hasattr(module.Counts, "init_state")
+
+
 def test_packed_calls_go_on_from_different_lengths(built: Any) -> None:
     module, _ = built("window", 8)
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ import pytest
 import chunkc
 from chunkc import artifact, cli, driver
 from chunkc.artifact import SettingError
-from chunkc.ir.diagnostics import CompileError, Diagnostic, SourceFile, Span
+from chunkc.ir.diagnostics import CompileError, Diagnostic, SourceFile, Span, render_github
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = "op f(n: int, scale: float = 2) {\n  axes { t: time, i = n }\n  input x[t, i]\n  output y[t, i] = scale * x\n}\n"
@@ -129,7 +129,7 @@ def test_check_json_and_github_go_to_stdout(capsys: pytest.CaptureFixture[str]) 
 def test_github_escapes() -> None:
     source = SourceFile("a,b:c.spec", "one\ntwo")
     d = Diagnostic("code", "100%\r\n::error::", Span(source.name, 0, 5), severity="warning")
-    assert cli._github(d, {source.name: source}) == (
+    assert render_github(d, {source.name: source}) == (
         "::warning file=a%2Cb%3Ac.spec,line=1,endLine=2,title=code::100%25%0D%0A::error::"
     )
 
