@@ -1,4 +1,5 @@
-"""The rule table: for each kind of node at the normal level, how it is differentiated, cut into tiles, and streamed.
+"""The rule table: for each kind of node at the normal level, how it is differentiated, cut into tiles, streamed, and
+shared by ranks.
 
 A rule either derives a graph, or names a convention that holds of the emitted code. What a node means, what must hold
 of it and how it prints are further rules that every kind has: in `compiler/interp.py`, `ir/verify.py`, `ir/text.py`.
@@ -35,6 +36,7 @@ class Row:
     vjp: Rule
     chunk: Rule
     stream: Rule
+    shard: Rule
 
 
 AUTOGRAD = Rule("autograd", "it is emitted as statements that torch.autograd differentiates")
@@ -60,26 +62,34 @@ BODY = Rule("body", "its body once; the state keeps what it carries")
 ROWS = Rule("rows", "the state keeps the rows, and each token adds its own")
 STEP = Rule("step", "the reads, then the update", lambda graph, scan: {"step": step(graph, scan)})
 
+LOCAL = Rule("local", "each rank has its own tokens; along the sequence itself a layout refuses it")
+HALO = Rule("halo", "the last tokens of each rank go to the others")
+SUMMARY = Rule("state_allgather", "what each rank keeps of a state and what it adds go to all")
+RING = Rule("ring", "queries stay, rows go from rank to rank")
+REFUSED = Rule(
+    "refused", "it needs all tokens, or its steps are one by one; chunks that only count positions are local"
+)
+
 TABLE: dict[type[N.Node], Row] = {
-    N.Input: Row(LEAF, WHOLE, SAME),
-    N.Param: Row(LEAF, WHOLE, SAME),
-    N.Const: Row(CONSTANT, WHOLE, SAME),
-    N.Length: Row(CONSTANT, WHOLE, NONE),
-    N.Coord: Row(CONSTANT, WHOLE, POSITION),
-    N.Segment: Row(CONSTANT, WHOLE, POSITION),
-    N.Bounds: Row(CONSTANT, WHOLE, POSITION),
-    N.Map: Row(AUTOGRAD, WHOLE, SAME),
-    N.Reduce: Row(AUTOGRAD, WHOLE, SAME),
-    N.Normalize: Row(AUTOGRAD, WHOLE, SAME),
-    N.Expand: Row(AUTOGRAD, WHOLE, SAME),
-    N.Rename: Row(AUTOGRAD, WHOLE, SAME),
-    N.Shift: Row(AUTOGRAD, WHOLE, HISTORY),
-    N.Slice: Row(AUTOGRAD, WHOLE, SAME),
-    N.Gather: Row(AUTOGRAD, WHOLE, SAME),
-    N.Linear: Row(AUTOGRAD, WHOLE, SAME),
-    N.Conv: Row(AUTOGRAD, WHOLE, HISTORY),
-    N.Recur: Row(AUTOGRAD, TOKENS, BODY),
-    N.Scan: Row(ADJOINT, TILES, STEP),
-    N.Attend: Row(PAIRS, SEEN, ROWS),
-    N.Out: Row(AUTOGRAD, WHOLE, SAME),
+    N.Input: Row(LEAF, WHOLE, SAME, LOCAL),
+    N.Param: Row(LEAF, WHOLE, SAME, LOCAL),
+    N.Const: Row(CONSTANT, WHOLE, SAME, LOCAL),
+    N.Length: Row(CONSTANT, WHOLE, NONE, REFUSED),
+    N.Coord: Row(CONSTANT, WHOLE, POSITION, LOCAL),
+    N.Segment: Row(CONSTANT, WHOLE, POSITION, REFUSED),
+    N.Bounds: Row(CONSTANT, WHOLE, POSITION, LOCAL),
+    N.Map: Row(AUTOGRAD, WHOLE, SAME, LOCAL),
+    N.Reduce: Row(AUTOGRAD, WHOLE, SAME, LOCAL),
+    N.Normalize: Row(AUTOGRAD, WHOLE, SAME, LOCAL),
+    N.Expand: Row(AUTOGRAD, WHOLE, SAME, LOCAL),
+    N.Rename: Row(AUTOGRAD, WHOLE, SAME, LOCAL),
+    N.Shift: Row(AUTOGRAD, WHOLE, HISTORY, HALO),
+    N.Slice: Row(AUTOGRAD, WHOLE, SAME, LOCAL),
+    N.Gather: Row(AUTOGRAD, WHOLE, SAME, LOCAL),
+    N.Linear: Row(AUTOGRAD, WHOLE, SAME, LOCAL),
+    N.Conv: Row(AUTOGRAD, WHOLE, HISTORY, HALO),
+    N.Recur: Row(AUTOGRAD, TOKENS, BODY, REFUSED),
+    N.Scan: Row(ADJOINT, TILES, STEP, SUMMARY),
+    N.Attend: Row(PAIRS, SEEN, ROWS, RING),
+    N.Out: Row(AUTOGRAD, WHOLE, SAME, LOCAL),
 }

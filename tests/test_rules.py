@@ -12,15 +12,34 @@ import torch
 from derived import TEXTS
 from emitted import Case, draw, emit, errors
 
-from chunkc.driver import check_source
+from chunkc.backends.operations import operations
+from chunkc.driver import check_source, compile_source
 from chunkc.interp import Run, interpret
 from chunkc.ir import nodes as N
-from chunkc.ir.diagnostics import SourceFile
+from chunkc.ir.diagnostics import CompileError, SourceFile
 from chunkc.ir.graph import Unit
 from chunkc.ir.text import parse_graph, print_graph
 from chunkc.ir.verify import VerifyError, verify
 from chunkc.pipeline import run, upto
-from chunkc.rules import AUTOGRAD, CONSTANT, HISTORY, LEAF, NONE, POSITION, ROWS, SAME, SEEN, TABLE, TOKENS, WHOLE
+from chunkc.rules import (
+    AUTOGRAD,
+    CONSTANT,
+    HALO,
+    HISTORY,
+    LEAF,
+    LOCAL,
+    NONE,
+    POSITION,
+    REFUSED,
+    RING,
+    ROWS,
+    SAME,
+    SEEN,
+    SUMMARY,
+    TABLE,
+    TOKENS,
+    WHOLE,
+)
 
 AXES = "axes { t: time, s = t, d = d_model, e = d, h = 4, i = d_model / 4, hk = 2 groups h }"
 SCAN = """k[t, h, i] = linear(x)
@@ -69,11 +88,13 @@ PROBES: dict[type[N.Node], str] = {
 }
 SIZES = {"d_model": 8}
 CONVENTIONS = {AUTOGRAD, CONSTANT, LEAF, WHOLE, TOKENS, SEEN, NONE, SAME, HISTORY, POSITION, ROWS}
+CONVENTIONS |= {LOCAL, HALO, SUMMARY, RING, REFUSED}
+LAYOUT = "parallel {\n  mesh { ring }\n  shard t over ring\n}\n"
 
 
-def source(kind: type[N.Node]) -> SourceFile:
-    carried = "" if TABLE[kind].stream is NONE else CARRIED
-    text = f"layer Probe(d_model: int) {{\n  {AXES}\n  input x[t, d]\n  {PROBES[kind]}\n  {carried}\n}}\n"
+def source(kind: type[N.Node], layout: str = "") -> SourceFile:
+    carried = "" if TABLE[kind].stream is NONE or layout and kind is not N.Recur else CARRIED
+    text = f"layer Probe(d_model: int) {{\n  {AXES}\n  input x[t, d]\n  {PROBES[kind]}\n  {carried}\n}}\n{layout}"
     return SourceFile("probe.spec", text)
 
 
@@ -107,9 +128,22 @@ each_kind = pytest.mark.parametrize("kind", TABLE, ids=lambda k: k.__name__)
 @each_kind
 def test_no_cell_is_empty(kind: type[N.Node]) -> None:
     row = TABLE[kind]
-    for rule in (row.vjp, row.chunk, row.stream):
+    for rule in (row.vjp, row.chunk, row.stream, row.shard):
         assert rule.name and rule.says
         assert rule.derive is not None or rule in CONVENTIONS or kind is N.Recur
+
+
+@each_kind
+def test_shard(kind: type[N.Node]) -> None:
+    """A layout has the operation for a node that its rule says, none for what is local, and refuses what it must."""
+    rule, text = TABLE[kind].shard, source(kind, LAYOUT)
+    if rule is REFUSED:
+        with pytest.raises(CompileError) as found:
+            compile_source(text)
+        assert {d.code for d in found.value.diagnostics} == {"not-sharded"}
+        return
+    made: dict[type[N.Node], str] = {type(op.node): op.kind for op in operations(compile_source(text).units[0])}
+    assert made.get(kind) == (None if rule is LOCAL else rule.name)
 
 
 @each_kind
