@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chunkc.backends.writer import Lines, Writer, identifier, is_name
+from chunkc.backends.writer import Lines, Writer, identifier, is_name, unused
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Graph, Unit
 
@@ -97,13 +97,7 @@ class Layout:
     # -- names and shapes --------------------------------------------------------------------------------------------
 
     def fresh(self, hint: str) -> str:
-        base = identifier(hint) if is_name(hint) else "x"
-        out, n = base, 1
-        while out in self.taken:
-            n += 1
-            out = f"{base}_{n}"
-        self.taken.add(out)
-        return out
+        return unused(identifier(hint) if is_name(hint) else "x", self.taken)
 
     def lead(self, home: str) -> list[str]:
         """The sizes of the dimensions before a value's own axes."""

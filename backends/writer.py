@@ -31,6 +31,16 @@ class Writer:
         return "\n".join(self.lines).rstrip() + "\n"
 
 
+def unused(base: str, taken: set[str]) -> str:
+    """The name, with a number behind it where it is taken; from then on it is taken itself."""
+    out, n = base, 1
+    while out in taken:
+        n += 1
+        out = f"{base}_{n}"
+    taken.add(out)
+    return out
+
+
 class Lines:
     """Finds the line of the spec behind a span: `name.spec:14` and its text."""
 
@@ -64,7 +74,9 @@ MODULE_NAMES = frozenset(_MODULE_NAMES.split())
 
 
 # What an emitted module calls the states, pointers and functions that it makes of others.
-_MADE = re.compile(r"(next|state|now|new|score|chunks|seq)_\w+|\w+_(ptr|Scan|scan|step|scores|gradients|seen|mask)")
+_MADE = re.compile(
+    r"(next|state|now|new|score|chunks|seq|BLOCK)_\w+|\w+_(ptr|Scan|scan|step|scores|gradients|seen|mask)"
+)
 
 
 def identifier(name: str) -> str:

@@ -101,6 +101,29 @@ def test_interpreted(built: Any, name: str) -> None:
     assert max(found.values()) <= 1, {k: v for k, v in found.items() if v > 1}
 
 
+NAMED = """causal op inner(BLOCK_i: int) {
+  axes { t: time, s = t, i = 4 }
+  input q[t, i]
+  attention o[t, i] over s { logit = dot[i](q, q[t = s])
+ value = q[t = s]
+ mask = s <= t and t - s < BLOCK_i }
+  output o
+}
+causal op outer(dk: int) {
+  axes { t: time, i = 4 }
+  input q[t, i]
+  output y[t, i] = inner(q, BLOCK_i = dk / 2)
+}
+"""
+
+
+@pytest.mark.interpreter
+def test_a_constant_may_be_a_quotient_of_sizes_and_have_any_name(tmp_path: Path) -> None:
+    module, _, _ = emit(NAMED, tmp_path, "named.spec")
+    q = torch.randn(1, 20, 4)
+    assert torch.equal(module.outer(q, dk=6)[0], module.inner(q, BLOCK_i=3)[0])
+
+
 def test_too_wide_a_matrix_is_left_to_pytorch(built: Any) -> None:
     _, _, kernels = built("causal")
     made = kernels.attend_y.keywords["kernels"]

@@ -157,10 +157,10 @@ def _tile(unit: Unit, form: Form, source: N.Source, name: str, lines: Lines) -> 
     if seen not in ("True", "False"):
         bodies["seen"] = [], seen
     everything = "\n".join(x for body, result in bodies.values() for x in [*body, result])
-    words = set(re.findall(r"(?<![.\w])[A-Za-z]\w*", everything))
+    words = set(re.findall(r"(?<![.\w])[A-Za-z_]\w*", everything))
     known = [*(p.name for p in unit.params), *(a.name for a in unit.graph.axes if a.kind == "size")]
     sizes = [n for n in dict.fromkeys(known) if n in words]
-    w, words = Writer(), set(re.findall(r"(?<![.\w])[A-Za-z]\w*", seen))
+    w, words = Writer(), set(re.findall(r"(?<![.\w])[A-Za-z_]\w*", seen))
     compared = [k for k, o in enumerate(first.operands) if o in words]
     floats = [o for o, n in zip(first.operands, form.inputs(source)) if n.dtype == "float"]
     for kind, (body, result) in bodies.items():

@@ -159,11 +159,11 @@ def _split(graph: Graph, id_: str) -> list[Term]:
         inner = [Term(node.arg)] if len(axes) < len(node.over) else _split(graph, node.arg)
         return [t.then(Step("sum", axes)) for t in inner] if axes else inner
     if isinstance(node, N.Scatter):
-        return [_read(graph, t, node) for t in _split(graph, node.arg)]
+        return [_read(t, node) for t in _split(graph, node.arg)]
     return [Term(id_)]
 
 
-def _read(graph: Graph, term: Term, node: N.Scatter) -> Term:
+def _read(term: Term, node: N.Scatter) -> Term:
     if term.axis:
         raise NoKernel("a table that it reads by pairs has two computed indices")
     return replace(term, axis=node.axis, index=node.index)
@@ -191,7 +191,6 @@ class _Writer:
         self.scope.reserved = set(self.names.values())
         self.n, self.tile = self.scope.fresh("n"), self.scope.fresh("tile")
         self.counts: dict[str, None] = {}
-        self.indices: dict[str, Part] = {}
         self.tiles: list[Statement] = []
         self.conditions: list[tuple[int, Expr]] = []
         self.visible: Expr | None = None
@@ -214,7 +213,7 @@ class _Writer:
         total = b.let(self.scope.fresh("total"), call("tl.zeros", "(BQ,)", "tl.float32"))
         read = b.let(self.scope.fresh("read"), zeros(Frame(query, block)))
         for k, source in enumerate(self.form.node.sources):
-            row, places = self.rows_of(source, moves=True)
+            row, places = self.rows_of(source)
             assert source.scores is not None
             pairs = self.pairs(k, source.scores, {**place, **places})
             frame = Frame(query, row, self.program)
@@ -245,7 +244,7 @@ class _Writer:
             if not any(self.form.side(source, n.name) != "r" and terms(source, n.name)
                        for n in self.form.inputs(source)):  # fmt: skip
                 continue
-            row, places = self.rows_of(source, moves=True)
+            row, places = self.rows_of(source)
             self.gradients(k, {**place, **places}, Frame(query, row, self.program), ("q", "."))
             if row is not None:
                 self.close(row)
@@ -285,8 +284,7 @@ class _Writer:
             for inner in reversed(self.axes[k + 1 :]):
                 index = index // self.scope.size(inner)
             index = index % self.scope.size(a) if k else index
-            self.indices[a] = Part(b.let(self.scope.fresh(f"at_{a}"), index))
-        self.program = tuple(self.indices.items())
+            self.program = (*self.program, (a, Part(b.let(self.scope.fresh(f"at_{a}"), index))))
         return self.side(axis, moves=False)
 
     def count(self, axis: str | None) -> Expr:
@@ -314,8 +312,8 @@ class _Writer:
         self.begins[index] = begin
         return found, {name: Part(b.let(self.scope.fresh(f"place_{what}"), begin + Expr(index)), moves=moves)}
 
-    def rows_of(self, source: N.Source, moves: bool) -> tuple[Range | None, dict[str, Part]]:
-        return (None, {}) if source.axis is None else self.side(source.axis, moves)
+    def rows_of(self, source: N.Source) -> tuple[Range | None, dict[str, Part]]:
+        return (None, {}) if source.axis is None else self.side(source.axis, moves=True)
 
     def close(self, side: Range) -> None:
         """Puts what stands inside of the loop there: behind conditions what they are for."""
@@ -517,18 +515,18 @@ class _Writer:
             x = pairs.value(id_, frame).expr
             pair = x if pair is None else pair * x
         assert pair is not None and frame.rows is not None, "a gradient has no factor over pairs"
-        by_row, of_row = Frame(frame.rows, along, self.program), (found.queries, found.rows)
+        near: Range | None = frame.rows
+        far, own, other, tile = frame.cols, found.queries, found.rows, pair
+        if side == "r":
+            near, far, own, other, tile = frame.cols, frame.rows, found.rows, found.queries, trans(pair)
         if frame.cols is None:
-            out: Expr = pair
+            out = pair
+        elif other:
+            out = dot(tile, pairs.matrix(other, Frame(far, along, self.program)).expr)
         else:
-            by_col = Frame(frame.cols, along, self.program)
-            near, far = (by_col, by_row) if side == "r" else (by_row, by_col)
-            mine, other = (found.rows, found.queries) if side == "r" else of_row
-            tile = trans(pair) if side == "r" else pair
-            out = dot(tile, pairs.matrix(other, far).expr) if other else call("tl.sum", tile, 1).rows
-            by_row, of_row = near, (mine, [])
-        for id_ in (*of_row[0], *found.neither):
-            out = out * pairs.plain(id_, by_row).expr
+            out = call("tl.sum", tile, 1).rows
+        for id_ in (*own, *found.neither):
+            out = out * pairs.plain(id_, Frame(near, along, self.program)).expr
         return out
 
     def each(self, pairs: Pairs, term: Term, frame: Frame, along: Range, side: str, total: Expr) -> None:
@@ -555,8 +553,8 @@ class _Writer:
         else:
             axis = None if side.block == "BQ" else side.axis
             at = Expr(self.n) * self.count(axis) + (Expr(side.index).rows if matrix else Expr(side.index))
-        for a in self.axes:
-            at = at * self.scope.size(a) + self.indices[a].expr
+        for a, index in self.program:
+            at = at * self.scope.size(a) + index.expr
         if along is not None:
             at = at * self.scope.size(along.axis) + (Expr(along.index).cols if matrix else Expr(along.index))
         return self.scope.pointer(pointer) + at

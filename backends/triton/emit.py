@@ -122,7 +122,7 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     w("from . import _runtime")
     if attends:
         w("from ._attend import Attention, Kernels, attend")
-    w("from ._runtime import LOG_SMALL, TILE, Sequences, log_gate, once, uncast")
+    head = len(w.lines)
     w()
     w("LEVELS = TILE.bit_length() - 1  # halvings of a tile down to single tokens")
     w("BLOCK = 64  # columns of a side a program takes; Triton 3.6 miscompiles narrower products for Hopper")
@@ -140,6 +140,8 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
         _attention_settings(w)
     for unit, node in attends:
         _attention(unit, node, prefix_of(unit, units), tiles[unit.name][node.id], lines, w)
+    exact = "exact, " if any("exact(" in line for line in w.lines) else ""  # sizes that a kernel divides
+    w.lines.insert(head, f"from ._runtime import LOG_SMALL, TILE, Sequences, {exact}log_gate, once, uncast")
     return w.text()
 
 

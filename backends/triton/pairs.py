@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from chunkc.backends.attend import Form
 from chunkc.backends.layout import generic
 from chunkc.backends.triton.kernel import Builder, Expr, Loop, call, dot, lift, maximum, over, trans, where
-from chunkc.backends.writer import is_name
+from chunkc.backends.writer import is_name, unused
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Size
 from chunkc.ir.graph import Graph
@@ -101,12 +101,7 @@ class Scope:
         self.pointers: dict[str, None] = {}
 
     def fresh(self, hint: str) -> str:
-        out, n = hint, 1
-        while out in self.taken:
-            n += 1
-            out = f"{hint}_{n}"
-        self.taken.add(out)
-        return out
+        return unused(hint, self.taken)
 
     def offered(self, name: str) -> str:
         """A name that was kept free for this, or one like it if it is used already."""
@@ -141,8 +136,8 @@ class Scope:
                 return builder
         return self.inside if part.moves else self.before
 
-    def let(self, hint: str, part: Part, note: str = "") -> Part:
-        return part.like(self.place(part).let(self.fresh(hint), part.expr, note))
+    def let(self, hint: str, part: Part) -> Part:
+        return part.like(self.place(part).let(self.fresh(hint), part.expr))
 
     def block(self, axis: str) -> Range:
         """All of an axis as the columns of a matrix."""
