@@ -135,7 +135,7 @@ def test_rejects_exponents_that_may_be_positive(tiles: Graph) -> None:
 
 
 def test_rejects_pairs_of_tokens_and_trajectories(tiles: Graph) -> None:
-    both = T.Contract(id="new", left="k", right="query_tiles", over=("h", "i"), axes=("t", "tile", "place"))
+    both = T.Contract(id="new", left="k", right="q_tiles", over=("h", "i"), axes=("t", "tile", "place"))
     rejected(insert(tiles, both), "new", "it is over t and tile")
     each: Any = T.Contract(id="new", left="k_tiles", right="v_tiles", over=(), axes=("tile", "h", "place", "i", "j"))
     rejected(insert(tiles, each), "new", "keeps a state for each token")

@@ -371,6 +371,16 @@ def after(x: Tensor) -> Tensor:
     return F.pad(x[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
 
 
+def upto(x: Tensor) -> Tensor:
+    """Prefix sums along the tokens of a tile, each token's own value included."""
+    return x.cumsum(-2)
+
+
+def onward(x: Tensor) -> Tensor:
+    """Suffix sums along the tokens of a tile, each token's own value included."""
+    return x.flip(-2).cumsum(-2).flip(-2)
+
+
 def levels() -> Iterator[int]:
     """Half sizes of the blocks in which pairs of tokens are anchored: each pair lies across one block's middle."""
     half = TILE // 2
