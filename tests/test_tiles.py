@@ -186,7 +186,7 @@ def test_a_kernel_computes_no_more_than_it_writes(kernels: Graph) -> None:
     roles = {k.role: k.body for k in kernels.of_kind(T.Kernel)}
     assert set(roles) == {"ends", "grad_j", "grad_i", "edges_i", "gate_i"}
     assert not roles["ends"].of_kind(T.Halving) and not roles["edges_i"].of_kind(T.Halving)
-    assert {n.name for n in roles["gate_i"].of_kind(N.Input)} == {"g", "k", "v", "query", "d_out_query", "d_g_edges"}
+    assert {n.name for n in roles["gate_i"].of_kind(N.Input)} == {"g", "k", "v", "q", "d_out_q", "d_g_edges"}
     (halving,) = roles["grad_j"].of_kind(T.Halving)
     assert len(halving.totals) == len(halving.parts) == 1
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from chunkc.backends.scan import Operand, ScanForm, Side
-from chunkc.backends.triton.kernel import Builder, Expr, Let, call, exp, masked_sum, where
+from chunkc.backends.triton.kernel import Builder, Expr, Let, Statement, call, exp, masked_sum, where
 
 SIZE = {"i": "I", "j": "J"}
 FLOOR = "-128.0"  # of a log-gate: exp of it is 0 in float32, and sums of a tile's stay small enough to be subtracted
-LIMIT = "60.0"  # nats that a tile may decay by and still be anchored at its start: exp of it is far inside float32
+LIMIT, LEAST = (
+    "60.0",
+    "-60.0",
+)  # nats that a tile may decay by and still be anchored at its start: exp of it is far inside float32
 
 # Pairs of tokens as matrices of truth values, a row's place against a column's.
 MASKS = {"earlier": "<", "upto": "<=", "later": ">", "onward": ">="}
@@ -21,6 +24,11 @@ MASKS = {"earlier": "<", "upto": "<=", "later": ">", "onward": ">="}
 
 def block(side: Side) -> str:
     return f"B{SIZE[side]}"
+
+
+def notes_of(form: ScanForm, spans: dict[str, str]) -> dict[str, str]:
+    """For each operand the statement that defines it."""
+    return {o.name: spans[o.node] for o in form.operands() if spans.get(o.node)}
 
 
 def real(x: Expr | str) -> Expr:
@@ -85,7 +93,7 @@ class Tile:
         """The gates that a read at a token is behind, from the tile's start."""
         return self.mask("upto" if self.late else "earlier")
 
-    def closed(self) -> tuple[Let | object, ...]:
+    def closed(self) -> tuple[Statement, ...]:
         """All statements, with the masks that are used."""
         row = Expr("row")
         lets = [Let(m, Expr(MASKS[m], (row.cols, row.rows))) for m in MASKS if m in self.masks]

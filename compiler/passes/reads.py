@@ -71,30 +71,28 @@ class AfterReads:
             if len(before) != 1:
                 continue
             read = self.place.reads[before[0]]
-            query = self.divided(algebra.expand(read.arg))
-            if query is None or not read.over:
+            gate = self.gate(set(read.over))
+            rest = None if gate is None else _without(m, (before[0], *gate[1]))
+            query = None if gate is None else divided(algebra.expand(read.arg), gate[0])
+            if rest is None or query is None or not read.over:
                 continue
-            outside: Poly = {tuple(f for f in m if f != before[0]): c}
-            gone = mul(outside, add(self.own(query, set(read.over)), {(before[0],): 1.0}))
+            scale = 1.0 if gate is None else gate[2]
+            outside: Poly = {rest: c / scale}
+            gone = add(mul(outside, self.own(query, set(read.over))), {m: c})
             if all(abs(out.get(n, 0.0) - d) < 1e-12 for n, d in gone.items()):
                 new = self.read(read, algebra.build(query))
                 out = add(add(out, gone, -1.0), mul(outside, {(new,): 1.0}))
         return algebra.build(out) if out is not poly else None
 
-    def divided(self, poly: Poly) -> Poly | None:
-        """A polynomial without the state's gate, which has to be a factor of each of its terms."""
+    def gate(self, over: set[str]) -> tuple[Monomial, Monomial, float] | None:
+        """The state's gate as factors over what a read sums, factors beside it, and a number; None if it is a sum."""
         form = self.place.next[self.state]
         gate = self.place.algebra.expand(form.diag[self.state]) if self.state in form.diag else {}
         if len(gate) != 1:
             return None
         ((factors, scale),) = gate.items()
-        out: Poly = {}
-        for m, c in poly.items():
-            rest = _without(m, factors)
-            if rest is None:
-                return None
-            out[rest] = c / scale
-        return out
+        inside = tuple(f for f in factors if set(self.place.lift.nodes[f].axes) & over)
+        return inside, tuple(f for f in factors if f not in inside), scale
 
     def own(self, query: Poly, over: set[str]) -> Poly:
         """What the token's own writes give to a query, as a sum of contractions and what multiplies each."""
@@ -124,6 +122,17 @@ class AfterReads:
         )
         self.reads[id_] = known
         return id_
+
+
+def divided(poly: Poly, factors: Monomial) -> Poly | None:
+    """A polynomial without factors that each of its terms has; None if one has them not."""
+    out: Poly = {}
+    for m, c in poly.items():
+        rest = _without(m, factors)
+        if rest is None:
+            return None
+        out[rest] = c
+    return out
 
 
 def _without(m: Monomial, factors: Monomial) -> Monomial | None:
