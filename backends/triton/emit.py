@@ -192,7 +192,7 @@ def _attention(unit: Unit, node: N.Attend, prefix: str, tiles: list[Tile], lines
 def _settings(w: Writer) -> None:
     with w.indented("def types_of(given: torch.dtype) -> dict[str, Any]:"):
         w(
-            '"""The operand type of products, their precision, and in how many parts of bfloat16 sums are taken (0: whole)."""'
+            '"""The operand type of products, their precision, and the parts of bfloat16 that sums are taken in (0: whole)."""'
         )
         with w.indented("if given == torch.float32 or _runtime.interpreted():"):
             w('return {"DOT": tl.float32, "PRECISION": "ieee", "PARTS": 0}')
@@ -203,9 +203,7 @@ def _settings(w: Writer) -> None:
     w()
     w("@triton.jit")
     with w.indented("def masked_sum(mask, x, PARTS: tl.constexpr):"):
-        w(
-            '"""For each row, the sum of the rows of x that its mask names; in parts, to 8 or 16 bits of each summand."""'
-        )
+        w('"""For each row, the sum of the rows of x that its mask names; in parts, to 8 or 16 bits of a summand."""')
         with w.indented("if PARTS == 0:"):
             w('total = tl.dot(mask.to(tl.float32), x, input_precision="ieee")')
         with w.indented("else:"):
@@ -218,8 +216,8 @@ def _settings(w: Writer) -> None:
 
 
 PLACES = {
-    "tile_start": ("table_ptr, tile, tokens, each, C: tl.constexpr", "table_ptr", "tile // each * tokens + tile % each * C",
-                   "tile", "The first token of a tile."),
+    "tile_start": ("table_ptr, tile, tokens, each, C: tl.constexpr", "table_ptr",
+                   "tile // each * tokens + tile % each * C", "tile", "The first token of a tile."),
     "tile_stop": ("table_ptr, tile, tokens, each", "table_ptr", "(tile // each + 1) * tokens", "tile",
                   "The end of a tile's sequence."),
     "sequence_start": ("offsets_ptr, sequence, tokens", "offsets_ptr", "sequence * tokens", "sequence",
@@ -357,7 +355,7 @@ def _prepare(form: ScanForm, w: Writer) -> None:
     w(f"H, I, J = {i.name}.shape[2], {i.name}.shape[3], {j.name}.shape[3]")
     for g in form.gates:
         if g.raw:
-            w(f"{g.name} = log_gate({g.name})")
+            w(f"{g.name} = log_gate({g.name}.float())")
     if form.gates:
         w(f"parts = gate_parts(types, {', '.join(g.name for g in form.gates)})")
 
@@ -375,16 +373,16 @@ def _launch(kernels: dict[str, Kernel], launch: T.Kernel, w: Writer, rename: dic
     """A launch: programs over rows (tiles or sequences), blocks of a side or both, heads."""
     kernel = kernels[launch.role]
     rows = "seq.count" if launch.rows == "sequences" else "tiles"
-    count = " * ".join(f'triton.cdiv({s.upper()}, s["B{s.upper()}"])' for s in launch.blocks)
+    count = " * ".join(f'triton.cdiv({s.upper()}, chosen["B{s.upper()}"])' for s in launch.blocks)
     arguments = [_argument(a.removesuffix("_ptr")) for a in kernel.arguments]
     arguments = [(rename or {}).get(a, a) for a in arguments]
     given = {"H": "H", "I": "I", "J": "J", "C": "TILE", "LEVELS": "LEVELS", "GATE_PARTS": "parts"}
     given |= {c: f'types["{c}"]' for c in ("DOT", "PRECISION", "PARTS")}
     with w.indented(f"if {rows}:"):
-        w(f's = schedule("{kernel.name}", I, J, types)')
+        w(f'chosen = schedule("{kernel.name}", I, J, types)')
         w(f"{kernel.name}[({rows} * H * {count},)](")
         w(f"    {', '.join(arguments)},")
-        w(f"    {', '.join(f'{c}={given[c]}' for c in kernel.constants if c in given)}, **s,")
+        w(f"    {', '.join(f'{c}={given[c]}' for c in kernel.constants if c in given)}, **chosen,")
         w(")")
 
 
@@ -408,9 +406,11 @@ def _backward(form: ScanForm, kernels: dict[str, Kernel], backward: list[T.Kerne
         _launch(kernels, launch, w)
     for g in form.gates:
         if g.thin:
-            w(f"d_{g.name} = d_{g.name}.sum(-1, keepdim=True).to({g.name}{'_value' if g.raw else ''}.dtype)")
+            w(f"d_{g.name} = d_{g.name}.sum(-1, keepdim=True)")
         if g.raw:
-            w(f"d_{g.name} = d_{g.name} / {g.name}_value.clamp(min=2.0**-40)")
+            w(f"d_{g.name} = d_{g.name} / {g.name}_value.float().clamp(min=2.0**-40)")
+        if g.thin or g.raw:
+            w(f"d_{g.name} = d_{g.name}.to({g.name}{'_value' if g.raw else ''}.dtype)")
     w(f"return None, {', '.join(f'd_{n}' for n in names)}, d_initial")
 
 
@@ -428,9 +428,9 @@ def _raise_gates(form: ScanForm, wanted: set[str], raised: set[str], w: Writer) 
     for g in form.gates:
         if g.name in wanted - raised:
             w(f"# {g.name} is divided out of its gradient, so that exact zeros have one")
-            w(f"{g.name} = log_gate({g.name}_value, LOG_SMALL)")
+            w(f"{g.name} = log_gate({g.name}_value.float(), LOG_SMALL)")
         elif g.name in raised - wanted:
-            w(f"{g.name} = log_gate({g.name}_value)")
+            w(f"{g.name} = log_gate({g.name}_value.float())")
     return wanted
 
 

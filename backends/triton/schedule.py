@@ -83,8 +83,8 @@ def pass_kernel(form: ScanForm, lines: Lines, spans: dict[str, str], reverse: bo
 class SidePlan:
     """What a side kernel gives: reads of these queries, gradients of these writes, of a log-gate of the side.
 
-    Forward, reads are results; backward a read is a query's gradient. A gate's gradient is made of all reads and writes,
-    also of those that are no results."""
+    Forward, reads are results; backward a read is a query's gradient. A gate's gradient is made of all reads and
+    writes, also of those that are no results."""
 
     side: Side
     reads: tuple[int, ...]
@@ -94,7 +94,7 @@ class SidePlan:
 
 
 class SideKernel:
-    """Builds one side kernel. Pairs of a read at token t and a write at token j <= t meet in scores over the other side.
+    """Builds one side kernel. Pairs of a read at token t and a write at j <= t meet in scores over the other side.
 
     A reader's factors are (c, d r) or, for a query of the other kind, (d r, c); forward only the c of queries over
     the other side is known, and what is read there is the result. Where reads and writes are both wanted, one matrix
@@ -394,8 +394,8 @@ class SideKernel:
         self.own_pairs()
 
     def near(self, gate: Expr, since: Expr) -> None:
-        """Pairs inside the tile. A forward kernel takes each read as what lies before it allows; backward the whole tile
-        goes one way, since a gradient knows what comes later anyway."""
+        """Pairs inside the tile. A forward kernel takes each read as what lies before it allows; backward the whole
+        tile goes one way, since a gradient knows what comes later anyway."""
         b = self.b
         least = b.let("least", call("tl.min", since, 1), "the strongest decay from the start to each token")
         if self.plan.forward:
@@ -467,9 +467,9 @@ class SideKernel:
     # -- a log-gate's gradient -----------------------------------------------------------------------------------------
 
     def flows(self, edges: dict[str, Expr], parts: dict[str, Expr] | None) -> None:
-        """A log-gate's gradient: what passes it. Pairs in the tile enter at the read and leave at the write, so that a
-        sum from the end has those that straddle a gate; what comes from the tile's start is read behind it, what goes to
-        its end was written before; the start's own way to the end passes all gates.
+        """A log-gate's gradient: what passes it. Pairs in the tile enter at the read and leave at the write, so that
+        a sum from the end has those that straddle a gate; what comes from the tile's start is read behind it, what goes
+        to its end was written before; the start's own way to the end passes all gates.
 
         The two terms of a pair have the same rounded factors, so that they cancel to float32's accuracy."""
         b, t = self.b, self.t
