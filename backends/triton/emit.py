@@ -191,14 +191,14 @@ def _attention(unit: Unit, node: N.Attend, prefix: str, tiles: list[Tile], lines
 
 def _settings(w: Writer) -> None:
     with w.indented("def types_of(given: torch.dtype) -> dict[str, Any]:"):
-        w(
-            '"""The operand type of products, their precision, and the parts of bfloat16 that sums are taken in (0: whole)."""'
-        )
+        w('"""For products: operand type, precision, the parts of bfloat16 that sums are taken in (0: whole), and the')
+        w('nats that a block of tokens may decay by if it is anchored at its start."""')
         with w.indented("if given == torch.float32 or _runtime.interpreted():"):
-            w('return {"DOT": tl.float32, "PRECISION": "ieee", "PARTS": 0}')
+            w('return {"DOT": tl.float32, "PRECISION": "ieee", "PARTS": 0, "LIMIT": 20.0}')
         with w.indented("if given == torch.float16:  # the range of float16 is too small for states and scores"):
-            w('return {"DOT": tl.float32, "PRECISION": "ieee" if torch.version.hip else "tf32", "PARTS": 2}')
-        w('return {"DOT": tl.bfloat16, "PRECISION": "ieee", "PARTS": 2}')
+            w('precision = "ieee" if torch.version.hip else "tf32"')
+            w('return {"DOT": tl.float32, "PRECISION": precision, "PARTS": 2, "LIMIT": 80.0}')
+        w('return {"DOT": tl.bfloat16, "PRECISION": "ieee", "PARTS": 2, "LIMIT": 80.0}')
     w()
     w()
     w("@triton.jit")
@@ -377,7 +377,7 @@ def _launch(kernels: dict[str, Kernel], launch: T.Kernel, w: Writer, rename: dic
     arguments = [_argument(a.removesuffix("_ptr")) for a in kernel.arguments]
     arguments = [(rename or {}).get(a, a) for a in arguments]
     given = {"H": "H", "I": "I", "J": "J", "C": "TILE", "LEVELS": "LEVELS", "GATE_PARTS": "parts"}
-    given |= {c: f'types["{c}"]' for c in ("DOT", "PRECISION", "PARTS")}
+    given |= {c: f'types["{c}"]' for c in ("DOT", "PRECISION", "PARTS", "LIMIT")}
     with w.indented(f"if {rows}:"):
         w(f'chosen = schedule("{kernel.name}", I, J, types)')
         w(f"{kernel.name}[({rows} * H * {count},)](")
