@@ -409,7 +409,7 @@ def graph(session: Session, file: str, level: str, form: str) -> int:
     from chunkc.backends.triton.emit import print_kernels
     from chunkc.driver import check_source, compile_source
     from chunkc.ir.dot import as_dot
-    from chunkc.ir.text import print_graph
+    from chunkc.ir.text import print_unit
     from chunkc.pipeline import upto
 
     if (level, form) == ("tiled", "dot"):
@@ -431,11 +431,12 @@ def graph(session: Session, file: str, level: str, form: str) -> int:
         session.found.extend(checked.warnings)
         for unit in units:
             if form == "dot":
-                click.echo(as_dot(unit.graph, unit.name), nl=False)
+                text = as_dot(unit.graph, unit.name)
+            elif level == "tiled":
+                text = (f"{unit.kind} {unit.name}\n" if len(units) > 1 else "") + print_kernels(unit, source)
             else:
-                head = f"{unit.kind} {unit.name}\n" if len(units) > 1 else ""
-                text = print_kernels(unit, source) if level == "tiled" else print_graph(unit.graph)
-                click.echo(head + text, nl=False)
+                text = print_unit(unit)
+            click.echo(text, nl=False)
     return session.finish()
 
 

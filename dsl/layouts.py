@@ -184,7 +184,7 @@ def _no_axis(name: T.Name, units: list[Unit], report: Report) -> None:
 def _check_schedule(unit: Unit, block: Span, report: Report) -> None:
     """Where a rank's piece begins depends on the length of the whole, and with it where tiles do."""
     if unit.schedule.prefix_invariant:
-        report.error("bad-layout", f"'{unit.name}' demands prefix_invariant, which the ranks' pieces cannot keep", block,
+        report.error("bad-layout", f"'{unit.name}' demands prefix_invariant: ranks' pieces cannot keep it", block,
                      "a sequence that is cut short is divided at other tokens",
                      related=((unit.schedule.span or unit.span, "the schedule"),),
                      hints=("take the setting out, or leave this layer or op to a file without a layout",))  # fmt: skip

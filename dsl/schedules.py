@@ -35,7 +35,7 @@ def read_schedule(blocks: Sequence[T.Schedule], called: Iterable[Unit], report: 
         else:
             found[name] = pin
             values[name] = _truth(pin, report)
-    schedule = Schedule(**values, span=blocks[0].span if blocks else None)
+    schedule = Schedule().evolve(**values, span=blocks[0].span if blocks else None)
     mine = schedule.demands()
     aside = [u.name for u in called if any(demanded and not mine[n] for n, demanded in u.schedule.demands().items())]
     return schedule.evolve(set_aside=tuple(dict.fromkeys(aside)))

@@ -118,7 +118,7 @@ class Schedule(Frozen):
     """What a unit demands of how it is computed. `set_aside` names the layers and ops that it calls whose own demands
     give way to these.
 
-    `prefix_invariant`: cutting a sequence short leaves what recurrences give for the tokens before bitwise as it was."""
+    `prefix_invariant`: a sequence cut short leaves what recurrences give for the tokens before bitwise as it was."""
 
     prefix_invariant: bool = False
     set_aside: tuple[str, ...] = ()

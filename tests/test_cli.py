@@ -22,6 +22,7 @@ import chunkc
 from chunkc import artifact, cli, driver
 from chunkc.artifact import SettingError
 from chunkc.ir.diagnostics import CompileError, Diagnostic, SourceFile, Span, render_github
+from chunkc.ir.text import parse_unit, print_unit
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = "op f(n: int, scale: float = 2) {\n  axes { t: time, i = n }\n  input x[t, i]\n  output y[t, i] = scale * x\n}\n"
@@ -393,11 +394,13 @@ def test_graph(capsys: pytest.CaptureFixture[str]) -> None:
     Path("two.spec").write_text(GOOD + GOOD.replace("op f", "op g"))
     for level in ("semantic", "normal"):
         assert cli.run(["graph", "good.spec", "--level", level]) == 0
-        assert capsys.readouterr().out.startswith(f"graph {level} {{")
+        out = capsys.readouterr().out
+        assert out.startswith("op f ") and f"graph=graph {level} {{" in out
+        assert print_unit(parse_unit(out)) == out
         assert cli.run(["graph", "two.spec", "--level", level, "--format", "dot"]) == 0
         assert capsys.readouterr().out.count("digraph") == 2
     assert cli.run(["graph", "two.spec"]) == 0
-    assert "op g\n" in capsys.readouterr().out
+    assert "\nop g " in capsys.readouterr().out
     assert cli.run(["graph", "bad.spec"]) == 1
     assert cli.run(["graph", "good.spec", "--level", "plan"]) == 2
     assert cli.run(["graph", "good.spec", "--level", "tiled", "--format", "dot"]) == 2
