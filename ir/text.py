@@ -10,9 +10,9 @@ A graph is its level, its axes, a node a line, and its outputs:
       output y = %*_4
     }
 
-A unit is `layer` or `op`, its name and its other fields, the graph last. Fields with their default value are left out. A
-region is a graph inside a field; written `region`, it has the axes of the graph around it. The sign % marks ids for the
-reader; to the parser an id is a string like any other."""
+A unit is `layer` or `op`, its name and its other fields, the graph last. Fields with their default value are left out.
+A region is a graph inside a field; written `region`, it has the axes of the graph around it. The sign % marks ids for
+the reader; to the parser an id is a string like any other."""
 
 from __future__ import annotations
 
