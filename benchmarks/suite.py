@@ -28,7 +28,7 @@ from chunkc.bench.run import attempt, versions
 HERE = Path(__file__).resolve().parent
 SECONDS = 470.0  # what is not begun by then is not run
 ALARM_SECONDS = 100  # a process alone on the GPU
-SHARES = 12  # of compiling what peers choose among
+SHARES = 14  # of compiling what peers choose among
 WAITING = 3  # processes that import while another has the GPU
 Request = Mapping[str, Any]
 
@@ -48,6 +48,7 @@ class Suite:
         self.timed: dict[tuple[str, str], Any] = {}
         self.errors: list[dict[str, Any]] = []
         self.first: dict[str, str] = {}
+        self.chosen: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
         for op in sorted({row.case.op for row in self.rows}):
@@ -103,7 +104,7 @@ class Suite:
                 else:
                     self.say(f"compiling {name}: {taken}")
 
-        self.each([*fills, *checks], max(os.cpu_count() or 2, 4), take)
+        self.each([*fills, *checks], (os.cpu_count() or 2) + 2, take)
         if compiled:
             name = max(compiled, key=lambda n: compiled[n])
             self.first[f"compiling all that {name} chooses among"] = f"{compiled[name]:.0f} s of one core"
@@ -136,6 +137,7 @@ class Suite:
             said = ", ".join(f"{key} {value:.1f}" for key, value in found.items())
             self.first[f"cold, {request['title']}"] = reason or said
             return
+        self.chosen |= {request["title"]: found["chosen"]} if found.get("chosen") else {}
         for case in worker.cases_of(request):
             got = found.get(case.key(), {"reason": reason or "not reached"})
             if reason and got.get("reason") == "did not end":
@@ -155,7 +157,7 @@ class Suite:
         found = {
             "device": self.rates["name"], "dtype": self.dtype, "versions": versions(), "rates": self.rates,
             "rows": entries, "mean": reports.mean(entries), "errors": self.errors, "checks": self.checks,
-            "first": self.first, "seconds": self.taken(),
+            "first": self.first, "chosen": self.chosen, "seconds": self.taken(),
         }  # fmt: skip
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "speed.json").write_text(json.dumps(found, indent=1))

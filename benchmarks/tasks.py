@@ -18,13 +18,14 @@ def timings(rows: Sequence[Row]) -> list[Request]:
     """One for each candidate, op and shape; gates share it. Peers' errors are found on the way, on all gates for the
     first shape."""
     found: dict[tuple[str, str, str], list[Case]] = {}
+    counted = [row.case.key() for row in rows if any(must.kind == "launches" for must in row.musts)]
     for row in rows:
         for name, case in ((OURS, row.case), *row.rivals):
             op = case.op if name == OURS else case.op.removesuffix("_bounded")  # a bound means nothing to peers
             cases = found.setdefault((name, op, case.shape.text()), [])
             if case not in cases:
                 cases.append(case)
-    return [_timing(name, cases) for (name, _, _), cases in found.items()]
+    return [{**_timing(name, cases), "counted": counted} for (name, _, _), cases in found.items()]
 
 
 def _timing(name: str, cases: Sequence[Case]) -> Request:

@@ -20,7 +20,7 @@ from check import checked, error_of
 from ops import OPS, Shape
 from rows import SIMPLE, Case
 from torch import Tensor
-from tuning import choose_quickly, compile_share
+from tuning import choose_quickly, chosen, compile_share
 
 from chunkc.bench.timing import DTYPES, Call, median_ms, peak_mib, rates, seconds
 from chunkc.bench.worker import said
@@ -126,7 +126,8 @@ def task_time(request: Request, say: Say) -> None:
                 say(case.key(), measured(runs, case, request, index == 0))
             except Exception as reason:  # whatever a candidate raises is its row's text
                 say(case.key(), {"reason": said(reason)})
-        for case in (read_case(data) for data in request.get("errors", ())):
+        say("chosen", chosen())
+        for case in map(read_case, request["errors"]):
             try:
                 say(f"error {case.key()}", error_of(runs, case, Path(request["scratch"]), device, dtype))
             except Exception as reason:
@@ -165,7 +166,7 @@ def measured(runs: Candidate, case: Case, request: Request, first: bool) -> dict
         found["both_ms"] = time(both)
     if device == "cuda" and (first or step):
         found |= _replayed({"graph_forward_ms": forward} | ({} if step else {"graph_both_ms": both}))
-    if device == "cuda" and step:
+    if device == "cuda" and case.key() in request["counted"]:
         found["launches"] = launches(forward)
     return found
 
