@@ -29,6 +29,7 @@ def _part(op: str) -> Part:
     return parts_of(compiled, compiled.checked.module.units[-1])[0]
 
 
+@lru_cache
 def least(case: Case, dtype: str) -> Cost:
     """A step also reads the state and writes it."""
     part, shape = _part(case.op), case.shape

@@ -5,7 +5,6 @@ its share into one cache and launches nothing; the processes that time then choo
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 from triton import testing
@@ -16,6 +15,7 @@ from triton.runtime.jit import JITFunction
 
 WARM_MS, TRIED_MS = 3, 15  # for each kernel that is tried
 NEVER = [float("inf")] * 3
+TUNED: dict[str, Autotuner] = {}
 
 
 def compile_share(share: int, shares: int) -> None:
@@ -51,15 +51,20 @@ def compile_share(share: int, shares: int) -> None:
 
 def choose_quickly() -> None:
     """Try each kernel for a shorter time than Triton does; the fastest of hundreds stays the same, or nearly so."""
+    tried = Autotuner._bench
 
-    def bench(call: Any, quantiles: Any) -> Any:
+    def briefly(call: Any, quantiles: Any) -> Any:
         return testing.do_bench(call, warmup=WARM_MS, rep=TRIED_MS, quantiles=quantiles)
 
-    setattr(Autotuner, "do_bench", property(lambda self: bench))  # noqa: B010
+    def bench(self: Autotuner, *args: Any, config: Any, **more: Any) -> Any:
+        TUNED[self.base_fn.__name__] = self
+        return tried(self, *args, config=config, **more)
+
+    setattr(Autotuner, "do_bench", property(lambda self: briefly))  # noqa: B010
+    setattr(Autotuner, "_bench", bench)  # noqa: B010
 
 
 def chosen() -> dict[str, str]:
-    """What was chosen among in this process: each kernel's time when it was tried, and how it is compiled."""
-    tuned = [x for x in gc.get_objects() if isinstance(x, Autotuner) and hasattr(x, "configs_timings")]
-    return {t.base_fn.__name__: f"{t.configs_timings[t.best_config][0]:.4f} ms, {t.best_config}" for t in tuned
+    """What was chosen in this process: each kernel's time when it was tried, and how it is compiled."""
+    return {name: f"{t.configs_timings[t.best_config][0]:.4f} ms, {t.best_config}" for name, t in TUNED.items()
             if t.best_config in t.configs_timings}  # fmt: skip
