@@ -17,11 +17,12 @@ from torch import Tensor
 from chunkc.bench.masks import causal
 from chunkc.bench.peers import PEERS, Extra, falling_decays
 from chunkc.bench.timing import Call
+from chunkc.bench.worker import said
 
 
 class Candidate(Protocol):
     def prepare(self) -> None:
-        """Import what is called, without touching the GPU."""
+        """Import what is called."""
 
     def call(self, case: Case, x: Mapping[str, Tensor]) -> Call:
         """The function on these operands."""
@@ -112,7 +113,7 @@ class Peer:
             run()
             return ""
         except RuntimeError as reason:
-            return str(reason).partition(".")[0]
+            return said(reason)
         finally:
             lift()
 

@@ -1,7 +1,7 @@
 """The whole table of speed: `python benchmarks/suite.py --out DIR`, on one GPU in less than eight minutes.
 
-First all processes at once: emitted ops are checked against float64, and the kernels that peers choose among are
-compiled. Then one process at a time has the GPU, one for each candidate and shape."""
+Emitted ops are checked against float64, all at once. Then one process at a time has the GPU, one for each candidate and
+shape: first ours, while the kernels that peers choose among are compiled on the CPU, then peers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ HERE = Path(__file__).resolve().parent
 SECONDS = 470.0  # what is not begun by then is not run
 ALARM_SECONDS = 100  # a process alone on the GPU
 SHARES = 14  # of compiling what peers choose among
-WAITING = 3  # processes that import while another has the GPU
+FRESH = {"FLA_CACHE_RESULTS": "0"}  # what fla chose for one shape is not taken for another
+WAITING = 7  # processes that import while another has the GPU
 Request = Mapping[str, Any]
 
 
@@ -56,7 +57,6 @@ class Suite:
         self.rates = self.task({"task": "rates"})
         if "rate" not in self.rates:
             raise SystemExit(f"this machine cannot be measured: {self.rates.get('reason')}")
-        self.prepare()
         self.measure()
         return self.save()
 
@@ -70,7 +70,7 @@ class Suite:
             found: dict[str, Any] = {}
             worker.perform(whole, found.update)
             return found
-        cache = {"TRITON_CACHE_DIR": str(self.scratch / "triton"), **environment}
+        cache = {"TRITON_CACHE_DIR": str(self.scratch / "triton"), **FRESH, **environment}
         return attempt(whole, left, (str(HERE / "worker.py"),), cache)
 
     def each(self, requests: Sequence[Request], at_once: int, take: Callable[[Request, dict[str, Any]], None]) -> None:
@@ -82,45 +82,55 @@ class Suite:
             for done in as_completed(pending):
                 take(pending[done], done.result())
 
-    # -- the two halves ------------------------------------------------------------------------------------------------
-
-    def prepare(self) -> None:
-        """Checks of what is emitted, and shares of what peers compile."""
-        shares = 1 if self.alone else SHARES
-        checks = tasks.checks(self.rows)
-        fills = tasks.fills(self.rows, shares)
-        compiled: dict[str, float] = {}
-
-        def take(request: Request, found: dict[str, Any]) -> None:
-            if request["task"] == "check":
-                reason = found.pop("reason", None)
-                missed = {"reason": reason or "not reached", "right": False}
-                self.checks |= {key: found.get(key, missed) for key in request["keys"]}
-                self.say(f"checked {request['title']}{f': {reason}' if reason else ''}")
-                return
-            for name, taken in found.items():
-                if isinstance(taken, float):
-                    compiled[name] = compiled.get(name, 0) + taken
-                else:
-                    self.say(f"compiling {name}: {taken}")
-
-        self.each([*fills, *checks], (os.cpu_count() or 2) + 2, take)
-        if compiled:
-            name = max(compiled, key=lambda n: compiled[n])
-            self.first[f"compiling all that {name} chooses among"] = f"{compiled[name]:.0f} s of one core"
-        self.say("prepared")
+    # -- what is run ---------------------------------------------------------------------------------------------------
 
     def measure(self) -> None:
-        """Times, one process at a time on the GPU; wrong ops are not timed."""
-        requests = []
-        for request in [*tasks.cold(self.rows, self.scratch), *tasks.timings(self.rows)]:
-            wrong = next((self.wrong(c) for c in worker.cases_of(request) if self.wrong(c)), "")
-            if request["candidate"] == OURS and wrong:
-                self.timed |= {(OURS, c.key()): {"reason": wrong} for c in worker.cases_of(request)}
-                continue
-            alone = {"lock": str(self.scratch / "lock"), "alarm_seconds": ALARM_SECONDS}
-            requests.append({**request, **({} if self.alone or request["task"] == "cold" else alone)})
-        self.each(requests, WAITING, self.take_times)
+        """Checks; then emitted ops, while what peers choose among is compiled; then peers, which need all of it."""
+        shares = 1 if self.alone else SHARES
+        with ThreadPoolExecutor(shares) as background:
+            compiling = [background.submit(self.task, fill) for fill in tasks.fills(self.rows, shares)]
+            self.each(tasks.checks(self.rows), os.cpu_count() or 2, self.take_check)
+            timings = tasks.timings(self.rows)
+            own = [request for request in timings if request["candidate"] == OURS]
+            self.each([*tasks.cold(self.rows, self.scratch), *self.right(own)], WAITING, self.take_times)
+            self.take_compiled([done.result() for done in compiling])
+        self.each([self.in_turn(r) for r in timings if r not in own], WAITING, self.take_times)
+
+    def right(self, own: Sequence[Request]) -> list[Request]:
+        """Those whose ops are right; the others are rows that say what is wrong."""
+        found = []
+        for request in own:
+            cases = worker.cases_of(request)
+            wrong = next(filter(None, map(self.wrong, cases)), "")
+            if wrong:
+                self.timed |= {(OURS, case.key()): {"reason": wrong} for case in cases}
+            else:
+                found.append(self.in_turn(request))
+        return found
+
+    def in_turn(self, request: Request) -> Request:
+        alone = {"lock": str(self.scratch / "lock"), "alarm_seconds": ALARM_SECONDS}
+        return {**request, **({} if self.alone else alone)}
+
+    def take_check(self, request: Request, found: dict[str, Any]) -> None:
+        reason = found.pop("reason", None)
+        missed = {"reason": reason or "not reached", "right": False}
+        self.checks |= {key: found.get(key, missed) for key in request["keys"]}
+        self.say(f"checked {request['title']}{f': {reason}' if reason else ''}")
+
+    def take_compiled(self, shares: Sequence[Mapping[str, Any]]) -> None:
+        """How long one process would have compiled; what did not compile here does so, or fails, where it is timed."""
+        taken: dict[str, float] = {}
+        for share in shares:
+            for name, value in share.items():
+                if isinstance(value, float):
+                    taken[name] = taken.get(name, 0) + value
+                else:
+                    self.say(f"compiling {name}: {value}")
+        if taken:
+            name = max(taken, key=lambda n: taken[n])
+            self.first[f"compiling all that {name} chooses among"] = f"{taken[name]:.0f} s of one core"
+        self.say("compiled what peers choose among")
 
     def wrong(self, case: Case) -> str:
         found = self.checks.get(reports.check_key(case), {})

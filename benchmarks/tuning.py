@@ -31,6 +31,7 @@ def compile_share(share: int, shares: int) -> None:
 
     def choose(self: Autotuner, *args: Any, **more: Any) -> Any:
         self.cache.clear()  # what is chosen for one shape is compiled for the next, too
+        self.cache_results = False  # nothing is timed here: no process may take its choice from this one
         return tried(self, *args, **more)
 
     def bench(self: Autotuner, *args: Any, config: Any, **more: Any) -> list[float]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ from tuning import choose_quickly, chosen, compile_share
 from chunkc.bench.timing import DTYPES, Call, median_ms, peak_mib, rates, seconds
 from chunkc.bench.worker import said
 
+NICE = 15  # compiling gives way to what is checked and timed at the same time
 Say = Callable[[str, Any], None]
 Request = Mapping[str, Any]
 
@@ -70,6 +72,8 @@ def task_rates(request: Request, say: Say) -> None:
 def task_fill(request: Request, say: Say) -> None:
     """Compile this process's share of the kernels that peers choose among."""
     compile_share(request["share"], request["shares"])
+    if request["shares"] > 1:
+        os.nice(NICE)
     for name, case in zip(request["peers"], cases_of(request)):
         peer = candidate(name, case.op, Path())
         peer.prepare()
