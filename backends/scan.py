@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -63,6 +64,7 @@ class ScanForm:
     writes: tuple[tuple[Operand, Operand], ...]
     queries: tuple[Operand, ...]
     name: str
+    fixed: bool = False  # whether later tokens may change nothing of earlier results, not even their last bits
 
     def operands(self) -> Iterator[Operand]:
         yield from self.gates
@@ -70,6 +72,15 @@ class ScanForm:
             yield i
             yield j
         yield from self.queries
+
+    def wide(self) -> tuple[Operand, ...]:
+        """The gates that are no single number a head."""
+        return tuple(g for g in self.gates if not g.thin)
+
+    def strongest(self) -> float:
+        """How many nats a token may decay by in one of its numbers, by what is proven of the gates."""
+        lows = [n.low for g, n in zip(self.gates, self.scan.gates) if not g.thin and n.log]
+        return max((-low for low in lows), default=0.0) if len(lows) == len(self.wide()) else math.inf
 
     def gate(self, side: Side) -> Operand | None:
         return next((g for g in self.gates if g.side == side), None)
@@ -94,7 +105,7 @@ def _derived(name: str) -> set[str]:
     return {name, f"d_{name}", f"out_{name}", f"d_out_{name}", f"{name}_value"}
 
 
-def scan_form(scan: N.Scan, axes_of: dict[str, tuple[str, ...]], prefix: str = "") -> ScanForm:
+def scan_form(scan: N.Scan, axes_of: dict[str, tuple[str, ...]], prefix: str = "", fixed: bool = False) -> ScanForm:
     """Name a scan's operands: spec names where there are, else their role.
 
     `prefix` tells the scans of several units in one module apart."""
@@ -119,7 +130,7 @@ def scan_form(scan: N.Scan, axes_of: dict[str, tuple[str, ...]], prefix: str = "
         gates.append(Operand(g.arg, name(g.arg, "gate" if g.log else "decay_gate"), side, thin, not g.log))
     writes = tuple((Operand(w.i, name(w.i, "key"), "i"), Operand(w.j, name(w.j, "value"), "j")) for w in scan.writes)
     queries = tuple(Operand(q.arg, name(q.arg, "query"), q.side) for q in scan.queries)
-    return ScanForm(scan, tuple(gates), writes, queries, identifier(prefix + scan.name))
+    return ScanForm(scan, tuple(gates), writes, queries, identifier(prefix + scan.name), fixed)
 
 
 def as_stored(unit: Unit) -> frozenset[str]:

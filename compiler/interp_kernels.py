@@ -45,6 +45,8 @@ PLACES: dict[str, Callable[..., Any]] = {
     "tile_stop": lambda t, tile, tokens, each: (tile // each + 1) * tokens if t is None else _read(t, tile),
     "sequence_start": lambda t, sequence, tokens: sequence * tokens if t is None else _read(t, sequence),
     "sequence_tile": lambda t, sequence, each: sequence * each if t is None else _read(t, sequence),
+    "is_mild": lambda t, cell, size, _, limit: t is not None
+    and bool(t.memory[int(cell) * size : (int(cell) + 1) * size].min() > -limit),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ and appears in no node's axes.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -282,10 +283,11 @@ class Recur(Node):
 
 
 class Gate(Frozen):
-    """A factor of a transition: exp(arg) if `log`, else arg itself."""
+    """A factor of a transition: exp(arg) if `log`, else arg itself. `low`: the least that is proven of arg."""
 
     arg: str
     log: bool
+    low: float = -math.inf
 
 
 class Write(Frozen):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from chunkc.backends.scan import ScanForm
 from chunkc.backends.triton.emit import launches
-from chunkc.backends.triton.kernel import Kernel, Let, Loop, Statement, Store
+from chunkc.backends.triton.kernel import If, Kernel, Let, Loop, Statement, Store
 from chunkc.backends.triton.text import parse_expr, parse_kernels
 from chunkc.backends.triton.verify import KernelError, verify_kernel
 from chunkc.backends.writer import Writer
@@ -70,7 +70,7 @@ def mapped(kernel: Kernel, change: Callable[[Statement], Statement | None]) -> K
     """The kernel with each statement changed, or left out."""
 
     def walk(body: tuple[Statement, ...]) -> tuple[Statement, ...]:
-        inner = (replace(s, body=walk(s.body)) if isinstance(s, Loop) else s for s in body)
+        inner = (replace(s, body=walk(s.body)) if isinstance(s, Loop | If) else s for s in body)
         return tuple(x for x in (change(s) for s in inner) if x is not None)
 
     return replace(kernel, body=walk(kernel.body))
@@ -182,11 +182,28 @@ class Launches:
         return torch.full(shape, float("nan"), dtype=torch.float64)  # what nobody writes shows
 
     def run(self, launch: T.Kernel, block: int) -> None:
-        kernel = self.scan.kernels[launch.role]
+        """A launch: where tiles are told apart, by the kernel for those that decay little and by the one for the rest."""
+        for role, kernel in self.scan.kernels.items():
+            if role == launch.role or role in (f"{launch.role}_start", f"{launch.role}_blocks"):
+                self.run_kernel(kernel, launch, block)
+
+    def run_kernel(self, kernel: Kernel, launch: T.Kernel, block: int) -> None:
         passed = {v: k for k, v in PASSED.get(launch.role, {}).items()}
         memory: dict[str, Tensor | int] = {f"{passed.get(n, n)}_ptr": x.view(-1) for n, x in self.memory.items()}
         memory |= {**self.table, "tokens": -1, "each": -1}
-        constants = {**self.sizes, "C": C, "LEVELS": C.bit_length() - 1, "BI": block, "BJ": block, "LIMIT": 60.0, "PARTS": 2, "GATE_PARTS": 2}
+        memory |= {f"parts_{s}": -(-self.sizes[s.upper()] // block) for s in "ij"}
+        constants = {
+            "AI": 32,
+            "AJ": 32,
+            **self.sizes,
+            "C": C,
+            "LEVELS": C.bit_length() - 1,
+            "BI": block,
+            "BJ": block,
+            "LIMIT": 60.0,
+            "PARTS": 2,
+            "GATE_PARTS": 2,
+        }
         rows = self.table["tile_start_ptr"].numel() if launch.rows == "tiles" else len(self.batch.lengths)
         blocks = [-(-self.sizes[s.upper()] // block) for s in launch.blocks]
         grid = (rows * math.prod(blocks) * self.sizes["H"],) if blocks else (rows, self.sizes["H"])
@@ -216,6 +233,8 @@ def forward(run: Launches, values: dict[str, Tensor], initial: Tensor, block: in
     h, i, j = (run.sizes[s] for s in "HIJ")
     run.memory = {**logs(form, values, -1e4), "initial": initial}
     run.memory |= {"states": run.empty(run.table["tile_start_ptr"].numel(), h, i, j), "last": torch.empty_like(initial)}
+    tiles = run.table["tile_start_ptr"].numel()
+    run.memory |= {"totals_i": run.empty(tiles, h, i), "totals_j": run.empty(tiles, h, j)}
     for q, out in zip(form.queries, form.results()):
         run.memory[out] = run.empty(tokens, h, j if q.side == "i" else i)
     for launch in launches(form)[0]:
@@ -225,7 +244,8 @@ def forward(run: Launches, values: dict[str, Tensor], initial: Tensor, block: in
 def backward(run: Launches, values: dict[str, Tensor], grads: dict[str, Tensor], block: int) -> dict[str, Tensor]:
     form, tokens = run.scan.form, sum(run.batch.lengths)
     states, d_last = run.memory["states"], grads["d_last"]
-    run.memory = {**logs(form, values, -1e4), **grads, "states": states}
+    kept = {n: run.memory[n] for n in ("states", "totals_i", "totals_j")}
+    run.memory = {**logs(form, values, -1e4), **grads, **kept}
     run.memory |= {"ends": torch.empty_like(states), "d_initial": torch.empty_like(d_last)}
     for o in form.operands():
         parts = -(-run.sizes[o.side.upper()] // block)

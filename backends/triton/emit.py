@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from chunkc.backends.attend import Form, Tile
 from chunkc.backends.body import Body
@@ -11,8 +12,10 @@ from chunkc.backends.triton.attend import Kernels, attention_kernels
 from chunkc.backends.triton.gates import GateKernel, GatePlan
 from chunkc.backends.triton.kernel import Kernel
 from chunkc.backends.triton.launch import emit_attention
+from chunkc.backends.triton.own import SideKernel
 from chunkc.backends.triton.pairs import NoKernel
-from chunkc.backends.triton.schedule import SideKernel, SidePlan, pass_kernel
+from chunkc.backends.triton.schedule import pass_kernel
+from chunkc.backends.triton.side import Anchor, SidePlan
 from chunkc.backends.triton.tables import default_schedule
 from chunkc.backends.triton.vector import step_kernel, vector_kernel
 from chunkc.backends.triton.verify import verify_kernel
@@ -32,30 +35,55 @@ def launches(form: ScanForm) -> tuple[list[T.Kernel], list[T.Kernel], list[T.Ker
     return forward, backward, step
 
 
+def mild_anchor(form: ScanForm) -> tuple[Anchor | None, bool]:
+    """The anchor of tiles that decay little, and whether all tiles are proven to be such (in bfloat16).
+
+    None if no pair needs an anchor, or if the spec demands that tokens change nothing of what comes before them: which
+    anchor a tile takes depends on all of it."""
+    most = form.strongest()
+    if not form.wide():
+        return None, False
+    if most * TILE <= LIMIT:
+        return "start", True
+    if most * (TILE // 4) <= LIMIT:
+        return "blocks", True
+    return (None if form.fixed else "start"), False
+
+
 def kernels_of(form: ScanForm, lines: Lines, spans: dict[str, str]) -> dict[str, Kernel]:
-    """The kernels of a scan by role: states, read_i, read_j, ends, grad_i, grad_j, edges and gate of a side, token."""
+    """The kernels of a scan by role: states, read_i, read_j, ends, grad_i, grad_j, edges and gate of a side, token.
+
+    Kernels over a side of a tile that anchor its pairs are there twice, for tiles that decay little with the anchor
+    behind the role's name."""
     forward, backward, _ = launches(form)
+    anchor, proven = mild_anchor(form)
+    choose = anchor is not None and not proven
     out = {}
     for launch in (*forward, *backward):
         if launch.rows == "sequences":
-            out[launch.role] = pass_kernel(form, lines, spans, reverse=launch in backward)
+            reverse = launch in backward
+            out[launch.role] = pass_kernel(form, lines, spans, reverse, totals=choose and not reverse)
+        elif launch.role.startswith(("edges", "gate")):
+            out[launch.role] = _gate_kernel(form, launch, spans)
         else:
-            out[launch.role] = _side_kernel(form, launch, spans)
+            plan = replace(_plan(form, launch), only=choose)
+            name = f"{form.name}_{launch.role}"
+            out[launch.role] = SideKernel(form, plan, name, spans).build()
+            if anchor is not None:
+                plan, role = replace(plan, anchor=anchor), f"{launch.role}_{anchor}"
+                out[role] = SideKernel(form, plan, f"{form.name}_{role}", spans).build()
     out["token"] = step_kernel(form, lines)
     for kernel in out.values():
         verify_kernel(kernel)
     return out
 
 
-def _side_kernel(form: ScanForm, launch: T.Kernel, spans: dict[str, str]) -> Kernel:
-    """A kernel over one side of a tile, from what it writes."""
+def _gate_kernel(form: ScanForm, launch: T.Kernel, spans: dict[str, str]) -> Kernel:
+    """The gradient of a gate: from the tile's edges, from pairs added to what another kernel kept of those, or both."""
     (side,), name = launch.blocks, f"{form.name}_{launch.role}"
-    if launch.role.startswith(("edges", "gate")):
-        # The gradient of a gate: from the tile's edges, from pairs added to what another kernel kept of those, or both.
-        edges = launch.role.startswith("edges")
-        kept = any(r.endswith("_edges") for r in launch.reads)
-        return GateKernel(form, GatePlan(side, edges=edges or not kept, pairs=not edges), name, spans).build()
-    return SideKernel(form, _plan(form, launch), name, spans).build()
+    edges = launch.role.startswith("edges")
+    kept = any(r.endswith("_edges") for r in launch.reads)
+    return GateKernel(form, GatePlan(side, edges=edges or not kept, pairs=not edges), name, spans).build()
 
 
 def _plan(form: ScanForm, launch: T.Kernel) -> SidePlan:
@@ -82,12 +110,16 @@ def prefix_of(unit: Unit, units: tuple[Unit, ...]) -> str:
     return f"{unit.name}_" if len(units) > 1 else ""
 
 
+def _form(unit: Unit, scan: N.Scan, prefix: str = "") -> ScanForm:
+    return scan_form(scan, {n.id: n.axes for n in unit.graph.nodes}, prefix, unit.schedule.prefix_invariant)
+
+
 def print_kernels(unit: Unit, source: SourceFile) -> str:
     """The text of the level `tiled`: the kernels of each matrix scan and of each attention of a unit."""
     lines, w = Lines(source), Writer()
     for scan in unit.graph.of_kind(N.Scan):
         if scan.i or scan.j:
-            form = scan_form(scan, {n.id: n.axes for n in unit.graph.nodes})
+            form = _form(unit, scan)
             for kernel in kernels_of(form, lines, spans_of(unit, lines)).values():
                 kernel.print(w)
                 w()
@@ -139,12 +171,12 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     scans = [(u, s) for u in units for s in u.graph.of_kind(N.Scan)]
     if any(not (s.i or s.j) for _, s in scans):
         _vector(w)
-    forms = [
-        (u, scan_form(s, {n.id: n.axes for n in u.graph.nodes}, prefix_of(u, units))) for u, s in scans if s.i or s.j
-    ]
+    forms = [(u, _form(u, s, prefix_of(u, units))) for u, s in scans if s.i or s.j]
     made = [(form, kernels_of(form, lines, spans_of(unit, lines))) for unit, form in forms]
     if made:
         _places(w)
+        if any(_totals(form) for form, _ in made):
+            _is_mild(w)
         _schedules([k for _, kernels in made for role, k in kernels.items() if role != "token"], w)
     for form, kernels in made:
         _scan(form, kernels, lines, w)
@@ -194,7 +226,7 @@ def _settings(w: Writer) -> None:
         w('"""For products: operand type, precision, the parts of bfloat16 that sums are taken in (0: whole), and the')
         w('nats that a block of tokens may decay by if it is anchored at its start."""')
         with w.indented("if given == torch.float32 or _runtime.interpreted():"):
-            w('return {"DOT": tl.float32, "PRECISION": "ieee", "PARTS": 0, "LIMIT": 20.0}')
+            w('return {"DOT": tl.float32, "PRECISION": "ieee", "PARTS": 0, "LIMIT": 80.0}')
         with w.indented("if given == torch.float16:  # the range of float16 is too small for states and scores"):
             w('precision = "ieee" if torch.version.hip else "tf32"')
             w('return {"DOT": tl.float32, "PRECISION": precision, "PARTS": 2, "LIMIT": 80.0}')
@@ -215,6 +247,8 @@ def _settings(w: Writer) -> None:
         w("return total")
 
 
+LIMIT = 80.0  # nats that a block may decay by if it is anchored at its start: exp of it is far inside float32
+TILE = 64
 PLACES = {
     "tile_start": ("table_ptr, tile, tokens, each, C: tl.constexpr", "table_ptr",
                    "tile // each * tokens + tile % each * C", "tile", "The first token of a tile."),
@@ -228,7 +262,7 @@ PLACES = {
 
 
 def _places(w: Writer) -> None:
-    """Where tiles lie: as tables of a packed batch say; rows of a dense one have equally many."""
+    """Where tiles lie: as tables of a packed batch say; rows of a dense one have equally many. And which are mild."""
     for name, (arguments, table, dense, index, doc) in PLACES.items():
         w()
         w()
@@ -240,6 +274,20 @@ def _places(w: Writer) -> None:
             with w.indented("else:"):
                 w(f"found = tl.load({table} + {index})")
             w("return found")
+
+
+def _is_mild(w: Writer) -> None:
+    w()
+    w()
+    w("@triton.jit")
+    with w.indented("def is_mild(totals_ptr, cell, D: tl.constexpr, A: tl.constexpr, LIMIT: tl.constexpr):"):
+        w('"""Whether a tile decays by less than LIMIT nats in each of D numbers; without totals none is known to."""')
+        with w.indented("if totals_ptr is None:"):
+            w("found = cell < 0")
+        with w.indented("else:"):
+            w("col = tl.arange(0, A)")
+            w("found = tl.min(tl.load(totals_ptr + cell * D + col, mask=col < D, other=0.0), 0) > -LIMIT")
+        w("return found")
 
 
 def _schedules(kernels: list[Kernel], w: Writer) -> None:
@@ -314,15 +362,18 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
             w('kept = torch.bfloat16 if types["DOT"] == tl.bfloat16 else initial.dtype')
             w("states = initial.new_empty((tiles, H, I, J), dtype=kept)")
             w("last = torch.empty_like(initial)")
+            totals = _totals(form)
+            for name, side in totals.items():
+                w(f"{name} = initial.new_empty((tiles, H, {side.upper()}), dtype=torch.float32)")
             forward, backward, (token,) = launches(form)
-            _launch(kernels, forward[0], w)
+            _launch(form, kernels, forward[0], w)
             for q, out in zip(form.queries, outs):
                 like = form.writes[0][q.side == "i"].name  # of the side that the result is over
                 w(f"{out} = torch.empty_like({like})")
             for launch in forward[1:]:
-                _launch(kernels, launch, w)
+                _launch(form, kernels, launch, w)
             w("ctx.seq = seq")
-            w("ctx.save_for_backward(*operands, states)")
+            w(f"ctx.save_for_backward({', '.join(['*operands', 'states', *totals])})")
             w(f"return {', '.join([*outs, 'last'])}")
         w()
         w("@staticmethod")
@@ -360,6 +411,12 @@ def _prepare(form: ScanForm, w: Writer) -> None:
         w(f"parts = gate_parts(types, {', '.join(g.name for g in form.gates)})")
 
 
+def _totals(form: ScanForm) -> dict[str, str]:
+    """What tells mild tiles from others: the gates' sums over a tile, by name, with their sides."""
+    anchor, proven = mild_anchor(form)
+    return {} if anchor is None or proven else {f"totals_{g.side}": g.side for g in form.wide()}
+
+
 def when(form: ScanForm) -> str:
     """When a scan's reads are."""
     return "before" if form.scan.start == "read" else "after"
@@ -369,27 +426,55 @@ def _argument(name: str) -> str:
     return {"tile_start": "start", "tile_stop": "stop", "first_tile": "first"}.get(name, name)
 
 
-def _launch(kernels: dict[str, Kernel], launch: T.Kernel, w: Writer, rename: dict[str, str] | None = None) -> None:
-    """A launch: programs over rows (tiles or sequences), blocks of a side or both, heads."""
+def _launch(form: ScanForm, kernels: dict[str, Kernel], launch: T.Kernel, w: Writer,
+            rename: dict[str, str] | None = None) -> None:  # fmt: skip
+    """A launch: programs over rows (tiles or sequences), blocks of a side or both, heads. Where tiles may be mild, or
+    are proven to be, a second kernel has those in bfloat16; the first one then has the rest."""
     kernel = kernels[launch.role]
+    anchor, proven = mild_anchor(form)
+    mild = kernels.get(f"{launch.role}_{anchor}")
+    rows = "seq.count" if launch.rows == "sequences" else "tiles"
+    if mild is None:
+        with w.indented(f"if {rows}:"):
+            _call(kernel, launch, w, rename or {})
+        return
+    in_halves = 'types["DOT"] == tl.bfloat16'
+    with w.indented(f"if tiles and {in_halves}:"):
+        _call(mild, launch, w, rename or {})
+        if not proven:
+            _call(kernel, launch, w, rename or {})
+    with w.indented("elif tiles:"):
+        _call(kernel, launch, w, dict.fromkeys(_totals(form), "None"))
+
+
+def _call(kernel: Kernel, launch: T.Kernel, w: Writer, rename: dict[str, str]) -> None:
     rows = "seq.count" if launch.rows == "sequences" else "tiles"
     count = " * ".join(f'triton.cdiv({s.upper()}, chosen["B{s.upper()}"])' for s in launch.blocks)
     arguments = [_argument(a.removesuffix("_ptr")) for a in kernel.arguments]
-    arguments = [(rename or {}).get(a, a) for a in arguments]
-    given = {"H": "H", "I": "I", "J": "J", "C": "TILE", "LEVELS": "LEVELS", "GATE_PARTS": "parts"}
+    parts = {f"parts_{s}": f'triton.cdiv({s.upper()}, chosen["B{s.upper()}"])' for s in "ij"}
+    arguments = [{**parts, **rename}.get(a, a) for a in arguments]
+    given = {
+        "AI": "triton.next_power_of_2(I)",
+        "AJ": "triton.next_power_of_2(J)",
+        "H": "H",
+        "I": "I",
+        "J": "J",
+        "C": "TILE",
+        "LEVELS": "LEVELS",
+        "GATE_PARTS": "parts",
+    }
     given |= {c: f'types["{c}"]' for c in ("DOT", "PRECISION", "PARTS", "LIMIT")}
-    with w.indented(f"if {rows}:"):
-        w(f'chosen = schedule("{kernel.name}", I, J, types)')
-        w(f"{kernel.name}[({rows} * H * {count},)](")
-        w(f"    {', '.join(arguments)},")
-        w(f"    {', '.join(f'{c}={given[c]}' for c in kernel.constants if c in given)}, **chosen,")
-        w(")")
+    w(f'chosen = schedule("{kernel.name}", I, J, types)')
+    w(f"{kernel.name}[({rows} * H * {count},)](")
+    w(f"    {', '.join(arguments)},")
+    w(f"    {', '.join(f'{c}={given[c]}' for c in kernel.constants if c in given)}, **chosen,")
+    w(")")
 
 
 def _backward(form: ScanForm, kernels: dict[str, Kernel], backward: list[T.Kernel], w: Writer) -> None:
     names, grads = [o.name for o in form.operands()], [f"d_{o}" for o in form.results()]
     w("seq = ctx.seq")
-    w(f"{', '.join(names)}, states = ctx.saved_tensors")
+    w(f"{', '.join([*names, 'states', *_totals(form)])} = ctx.saved_tensors")
     w(f"{''.join(g + ', ' for g in grads).rstrip()} = {''.join(g + '.contiguous(), ' for g in grads).rstrip()}")
     for g in form.gates:
         if g.raw:
@@ -397,13 +482,13 @@ def _backward(form: ScanForm, kernels: dict[str, Kernel], backward: list[T.Kerne
     _prepare(form, w)
     w("d_last = d_last.contiguous()")
     w("ends, d_initial = torch.empty_like(states), torch.empty_like(d_last)")
-    _launch(kernels, backward[0], w, {"initial": "d_last", "last": "d_initial", "states": "ends"})
+    _launch(form, kernels, backward[0], w, {"initial": "d_last", "last": "d_initial", "states": "ends"})
     for o in form.operands():
         w(f"d_{o.name} = {_gradient_buffer(form, o)}")
     raised: set[str] = set()
     for launch in backward[1:]:
         raised = _raise_gates(form, raised_by(form, launch), raised, w)
-        _launch(kernels, launch, w)
+        _launch(form, kernels, launch, w)
     for g in form.gates:
         if g.thin:
             w(f"d_{g.name} = d_{g.name}.sum(-1, keepdim=True)")

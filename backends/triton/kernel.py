@@ -19,30 +19,15 @@ RANKS = {"|": 1, "^": 2, "&": 3, "<": 0, "<=": 0, "==": 0, "!=": 0, ">": 0, ">="
 OVER = {
     "count": "tiles",
     "LEVELS": "levels",
-    "LEVELS - lowest": "levels",
-    "LEVELS - shift": "levels",
+    "2": "levels",
+    "parts_i": "blocks of side i",
+    "parts_j": "blocks of side j",
     "tl.cdiv(I, BI)": "blocks of side i",
     "tl.cdiv(J, BJ)": "blocks of side j",
 }
 TILES = re.compile(r"tl\.cdiv\(length\w*, B([QR])\)")
-CONSTANTS = (
-    "H",
-    "I",
-    "J",
-    "D",
-    "C",
-    "LEVELS",
-    "BI",
-    "BJ",
-    "BD",
-    "BQ",
-    "BR",
-    "DOT",
-    "PRECISION",
-    "PARTS",
-    "GATE_PARTS",
-    "LIMIT",
-)
+CONSTANTS = ("H", "I", "J", "D", "C", "LEVELS", "BI", "BJ", "BD", "BQ", "BR", "AI", "AJ", "DOT", "PRECISION", "PARTS",
+             "GATE_PARTS", "LIMIT")  # fmt: skip
 
 
 def over(stop: str, sizes: tuple[str, ...]) -> str:

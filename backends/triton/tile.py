@@ -95,6 +95,16 @@ class Tile:
         lets = [Let(m, Expr(MASKS[m], (row.cols, row.rows))) for m in MASKS if m in self.masks]
         return (*self.b.body[: self.masks_at], *lets, *self.b.body[self.masks_at :])
 
+    def is_mild(self, gates: list[Operand]) -> Expr:
+        """Whether the tile decays by less than `LIMIT` in each of the gates' numbers."""
+        found: Expr | None = None
+        for g in gates:
+            size = SIZE[g.side]
+            mild = call("is_mild", f"totals_{g.side}_ptr", Expr("tile") * "H" + "head", size, f"A{size}", "LIMIT")
+            found = mild if found is None else found & mild
+        assert found is not None, "only a gate for each number of a side is mild or not"
+        return found
+
     # -- operands ------------------------------------------------------------------------------------------------------
 
     def pointer(self, name: str, side: Side) -> tuple[Expr, Expr]:

@@ -17,8 +17,14 @@ ELEMENTWISE = (
     "tl.where", "tl.maximum", "tl.minimum", "tl.exp", "tl.log", "tl.sqrt", "tl.abs", "tl.floor", "tl.sigmoid", "tl.sin",
     "tl.cos", "tl.erf", "neg",
 )  # fmt: skip
-LENGTHS = ("queries", "rows", "tokens", "each")  # arguments that are numbers: places of a sequence, its tiles
-PLACES = ("tile_start", "tile_stop", "sequence_start", "sequence_tile")  # functions beside the kernels: where tiles lie
+LENGTHS = ("queries", "rows", "tokens", "each", "parts")  # arguments that are numbers: places of a sequence, its tiles
+PLACES = (
+    "tile_start",
+    "tile_stop",
+    "sequence_start",
+    "sequence_tile",
+    "is_mild",
+)  # functions beside the kernels: where tiles lie
 BOUNDS = {"row": "stop", "col_i": "I", "col_j": "J", "col": "D"}  # where ranges end: with a sequence, with a side
 
 

@@ -451,7 +451,7 @@ class Placement:
             i=plan.i,
             j=plan.j,
             algebra=plan.algebra,
-            gates=tuple(N.Gate(arg=self.emit(g.arg), log=g.log) for g in plan.gates),
+            gates=tuple(N.Gate(arg=self.emit(g.arg), log=g.log, low=self.ranges[g.arg][0]) for g in plan.gates),
             writes=tuple(N.Write(i=self.emit(w.i), j=self.emit(w.j)) for w in plan.writes),
             add=self.emit(plan.add) if plan.add is not None else None,
             queries=tuple(queries),

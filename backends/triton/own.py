@@ -1,0 +1,276 @@
+"""The own side of a side kernel: scores times factors, decays of the side's gate, and that gate's gradient."""
+
+from __future__ import annotations
+
+from chunkc.backends.scan import Operand
+from chunkc.backends.triton.kernel import Expr, Kernel, call, dot, exp, masked_sum, trans, where
+from chunkc.backends.triton.side import ZEROS, SideBase
+from chunkc.backends.triton.tile import SIZE, block, real
+
+
+class SideKernel(SideBase):
+    """Builds one side kernel."""
+
+    def build(self) -> Kernel:
+        self.t.program(self.x)
+        if self.plan.only:
+            mild = self.t.is_mild([g for g in (self.own, self.far) if g is not None])
+            with self.b.when(mild if self.plan.anchor == "start" else mild.same(0)):
+                self.inside()
+        else:
+            self.inside()
+        arguments = [f"{g.name}_ptr" for g in self.form.gates]
+        arguments += [f"{n}_ptr" for n in [*self.own_names(), *self.far_names()]]
+        arguments += (["states_ptr"] if self.reads else []) + (["ends_ptr"] if self.writes else [])
+        arguments += [f"{r}_ptr" for r in self.outputs()]
+        arguments += ["tile_start_ptr", "tile_stop_ptr", "tokens", "each", f"parts_{self.o}"]
+        if self.plan.only:
+            arguments += [f"totals_{g.side}_ptr" for g in self.form.gates if not g.thin]
+        return Kernel(self.name, self.doc(), tuple(dict.fromkeys(arguments)), self.t.closed())
+
+    def inside(self) -> None:
+        """All that is done to a tile."""
+        if self.thin is not None:
+            self.thin_decays(self.thin)
+        for m, r in self.pairs:
+            for name in self.score_names(m, r):
+                self.b.let(name, call(ZEROS, "(C, C)", "tl.float32"))
+            if self.diagonals() and not self.on_diagonal():
+                self.b.let(f"own_{m}{r}", call(ZEROS, "(C,)", "tl.float32"))
+        if self.plan.gate:
+            self.b.let("edges", call(ZEROS, f"({block(self.x)},)", "tl.float32"))
+        if self.own is None:
+            self.plain()
+        else:
+            self.gated()
+
+    def doc(self) -> str:
+        if self.plan.forward:
+            text = f"What is read of {self.form.scan.name}: from the tile's first state and from writes inside it"
+        else:
+            text = f"Gradients over ({', '.join(self.form.scan.i if self.x == 'i' else self.form.scan.j)}) of one tile"
+        if self.own is None and self.far is None:
+            return f"{text}."
+        at = {"start": "the tile's start", "blocks": "the start of blocks", "levels": "the middle between them"}
+        return f"{text}; pairs are anchored at {at[self.plan.anchor]}."
+
+    def load_own(self) -> Expr:
+        """The own side's operands; its gate's tile, if there is one for each number."""
+        gate = self.t.gate(self.own)
+        for n in self.own_names():
+            self.t.load(n, self.x)
+        return gate if gate is not None else Expr("0.0")
+
+    def own_pairs(self, name: str, prefix: str = "near_") -> None:
+        """What each token's read of its own write, which no gate decays, adds to a read or gradient."""
+        if not self.diagonals():
+            return
+        for m, r in self.pairs:
+            read, write = self.operands(m, r, self.x)
+            own = Expr(f"own_{m}{r}").rows
+            if m in self.reads and name == self.read_name(m):
+                self.b.add(Expr(f"{prefix}{name}"), own * real(write))
+            if r in self.writes and name == self.write_name(r):
+                self.b.add(Expr(f"{prefix}{name}"), own * real(read))
+
+    def store(self, name: str, value: Expr | None = None) -> None:
+        b, x = self.b, self.x
+        if self.plan.gate and self.gate_operand().thin and name == f"d_{self.gate_operand().name}":
+            blocks = call("tl.cdiv", SIZE[x], block(x))
+            cell = (Expr("base") + Expr("row") * "H") * blocks + "block"  # each program's part of its gradient
+            b.store(Expr(f"{name}_ptr") + cell.cols, Expr(name), Expr("inside").cols)
+        else:
+            pointer, mask = self.t.pointer(name, x)
+            b.store(pointer, Expr(name) if value is None else value, mask)
+
+    # -- one number a head, or no gate ---------------------------------------------------------------------------------
+
+    def thin_decays(self, g: Operand) -> None:
+        """Decays of a gate of one number a head: between two tokens, from the tile's start and to its end."""
+        b, t = self.b, self.t
+        gate = t.gate(g)
+        assert gate is not None
+        column = b.let("column", trans(gate), "the gates as a column")
+        gaps: Expr | None = None
+        if self.reads:
+            gaps = masked_sum(t.since, where(t.mask("earlier"), column, 0.0), "GATE_PARTS")
+        if self.writes:
+            behind = t.mask("onward" if t.late else "later")
+            upward = masked_sum(t.mask("later"), where(behind, column, 0.0), "GATE_PARTS")
+            gaps = upward if gaps is None else gaps + upward
+        assert gaps is not None
+        b.let("gaps", exp(gaps), "decays between two tokens")
+        if self.reads:
+            b.let("from_start", t.from_start(gate, True))
+        if self.writes:
+            b.let("to_end", t.to_end(gate, True))
+
+    def plain(self) -> None:
+        """Without a gate for each of the own side's numbers, scores times factors are all there is."""
+        b, t = self.b, self.t
+        decays = {self.read_name(m): "from_start" for m in self.reads}
+        decays |= {self.write_name(r): "to_end" for r in self.writes}
+        for name in decays:
+            self.zeros(name)
+        with self.blocks() as part:
+            self.across(part, self.far_names(), scores=True, reads=self.reads, writes=self.writes, edges=self.plan.gate)
+        self.join_scores()
+        self.load_own()
+        parts: dict[str, Expr] = {}
+        for m, r in self.pairs:
+            read, write = self.operands(m, r, self.x)
+            wanted = [(self.read_name(m), write, "earlier")] if m in self.reads else []
+            wanted += [(self.write_name(r), read, "later")] if self.writes else []
+            for name, factor, mask in wanted:
+                part_of = dot(self.used(m, r, t.mask(mask) if self.both else self.half), factor)
+                parts[name] = parts[name] + part_of if name in parts else part_of
+        if self.thin is not None:
+            for name, decay in decays.items():
+                b.let(name, Expr(name) * decay)
+        if self.plan.gate:
+            self.thin_flows(parts)
+        for name, part_of in parts.items():
+            b.add(Expr(name), part_of)
+        for name in decays:
+            self.own_pairs(name, "")
+        for name in self.outputs():
+            self.store(name)
+
+    def thin_flows(self, parts: dict[str, Expr]) -> None:
+        """The gradient of a log-gate of one number a head: what passes it (see `gated`).
+
+        The two terms of a pair have the same rounded factors, so that they cancel to float32's accuracy."""
+        b, t, gate = self.b, self.t, self.gate_operand()
+        flow = before = inward = Expr("0.0")
+        for m in self.reads:
+            name, own = self.read_name(m), real(self.readers[m].on(self.x))
+            parts[name] = b.let(f"near_{name}", parts[name])
+            flow = flow + own * (Expr(name) + parts[name])
+        for r in self.writes:
+            name, own = self.write_name(r), real(self.writers[r].on(self.x))
+            parts[name] = b.let(f"near_{name}", parts[name])
+            before, inward = before + own * name, inward + own * parts[name]
+        flow, before, inward = (call("tl.sum", x, 1, keep_dims="True") for x in (flow - inward, before, inward))
+        b.let("flow", flow)
+        passed = b.let("passed", where(t.mask("earlier"), Expr("flow"), 0.0) + where(t.mask("later"), before, 0.0),
+                       "by each token's own flow, a row, for each gate, a column")  # fmt: skip
+        whole = call("tl.sum", Expr("edges"), 0) * call("tl.sum", t.total(Expr(gate.name), True), 0)
+        b.let(f"d_{gate.name}", call("tl.sum", passed, 0, keep_dims="True") + whole
+              + trans(Expr("flow") if t.late else -inward))  # fmt: skip
+
+    # -- a gate for each number ----------------------------------------------------------------------------------------
+
+    def gated(self) -> None:
+        """Products with decayed factors, decayed: one gradient after the other, each with its pairs and what a state gives,
+        so that few sums are on chip at once. Own operands are loaded anew for each, from cache: kept, they would spill.
+
+        A log-gate's gradient is what passes it: pairs enter at the read and leave at the write, so that a sum from the
+        end has those that straddle a gate; what comes from the tile's start is read behind it; what goes to its end was
+        written before, which is all of it less what is written later; the start's own way to the end passes all gates.
+        The two terms of a pair have the same rounded factors, so that they cancel to float32's accuracy."""
+        b, t = self.b, self.t
+        assert self.own is not None
+        with self.blocks() as part:
+            self.across(part, self.far_names(), scores=True)
+        self.join_scores()
+        if self.plan.gate:
+            for name in ("flow", *(() if t.late else ("flow_in",))):
+                self.zeros(name)
+            b.let("passed", call(ZEROS, f"({block(self.x)},)", "tl.float32"))
+        if self.plan.anchor != "start":
+            gate = self.load_own()
+            for name in [*(self.read_name(m) for m in self.reads), *(self.write_name(r) for r in self.writes)]:
+                self.zeros(f"near_{name}")
+            self.by_levels(gate)
+        for r in self.writes:
+            self.gradient(self.write_name(r), writes=(r,))
+        for m in self.reads:
+            self.gradient(self.read_name(m), reads=(m,))
+        if self.plan.gate:
+            total = masked_sum(t.mask("later"), Expr("flow"), "PARTS") + Expr("passed").cols
+            b.let(f"d_{self.own.name}", total + "flow" if t.late else total - "flow_in")
+            self.store(f"d_{self.own.name}")
+
+    def gradient(self, name: str, reads: tuple[int, ...] = (), writes: tuple[int, ...] = ()) -> None:
+        """A read, or a gradient: from pairs inside the tile, and from the state at an edge, decayed on its way."""
+        b, t = self.b, self.t
+        gate = self.load_own()
+        if self.plan.anchor == "start":
+            self.zeros(f"near_{name}")
+            self.at_start(self.since(gate, "near", t.mask("upto")), reads, writes)
+        elif self.plan.anchor == "blocks":
+            same = self.same_block()
+            self.at_start(self.since(gate, "near", t.mask("upto") & same), reads, writes, same)
+        self.own_pairs(name)
+        with_edges = self.plan.gate and reads[:1] == (0,)
+        pair = self.readers[reads[0]] if reads else self.writers[writes[0]]
+        self.zeros(name)
+        with self.blocks() as part:
+            self.across(part, [pair.on(self.o)], reads=reads, writes=writes, edges=with_edges)
+        b.let(name, Expr(name) * (t.from_start if reads else t.to_end)(gate, False))
+        if name in self.outputs():  # before the gate's gradient, so that pairs are on chip no longer
+            self.store(name, Expr(name) + f"near_{name}")
+        if self.plan.gate:
+            flow = real(pair.on(self.x)) * name
+            if reads:
+                b.add(Expr("flow"), flow)
+            else:
+                b.let("flowing", flow)
+                self.flow_back(Expr("flowing"))
+                b.add(Expr("passed"), call("tl.sum", "flowing", 0))
+        if with_edges:
+            b.add(Expr("passed"), Expr("edges") * t.total(gate, False))
+
+    def half_of(self, m: int, r: int, mask: Expr, same: Expr | None) -> Expr:
+        """Scores of reads, or of writes: apart from each other already, if whole tiles are anchored at their start."""
+        if same is not None or not self.both:
+            return self.used(m, r, mask)
+        return Expr(self.score_names(m, r)[mask.op == "later"])
+
+    def flow_back(self, value: Expr) -> None:
+        """What leaves at a write."""
+        self.b.add(Expr("flow"), -value)
+        if not self.t.late:
+            self.b.add(Expr("flow_in"), value)
+
+    def at_start(self, since: Expr, reads: tuple[int, ...], writes: tuple[int, ...], same: Expr | None = None) -> None:
+        """Pairs of the tile, or of a block, all anchored at its start."""
+        b, t = self.b, self.t
+        decay, inverse = exp(since), exp(-Expr("near"))
+        low, high = (t.mask(m) if same is None else t.mask(m) & same for m in ("earlier", "later"))
+        for m, r in self.pairs:
+            read, write = self.operands(m, r, self.x)
+            if m in reads:
+                part = b.let("crossing", dot(self.half_of(m, r, low, same), real(write) * inverse))
+                own = b.let("decay", decay)
+                if self.plan.gate:
+                    b.add(Expr("flow"), real((real(read) * own).to("DOT")) * part)
+                b.add(Expr(f"near_{self.read_name(m)}"), part * own)
+            if r in writes:
+                part = b.let("crossing", dot(self.half_of(m, r, high, same), real(read) * decay))
+                own = b.let("inverse", inverse)
+                if self.plan.gate:
+                    self.flow_back(b.let("flowing", real((real(write) * own).to("DOT")) * part))
+                b.add(Expr(f"near_{self.write_name(r)}"), part * own)
+
+    def by_levels(self, gate: Expr) -> None:
+        """Each pair in the block whose middle lies between its tokens, from the largest block down."""
+        b = self.b
+        with self.levels() as step:
+            pair, factor = self.level(step, gate)
+            upper = Expr("upper").rows
+            for m, r in self.pairs:
+                read, write = self.operands(m, r, self.x)
+                reader = real(read) if self.writes else Expr("0.0")
+                writer = real(write) if self.reads else Expr("0.0")
+                rows = b.let("rows", (where(upper, reader, writer) * factor).to("DOT"))
+                part = b.let("crossing", dot(self.used(m, r, pair), rows))
+                if m in self.reads:
+                    b.add(Expr(f"near_{self.read_name(m)}"), where(upper, part * factor, 0.0))
+                if self.writes:
+                    b.add(Expr(f"near_{self.write_name(r)}"), where(upper, 0.0, part * factor))
+                if self.plan.gate:
+                    flow = b.let("flowing", real(rows) * part)
+                    b.add(Expr("flow"), where(upper, flow, -flow))
+                    if not self.t.late:
+                        b.add(Expr("flow_in"), where(upper, 0.0, flow))
