@@ -190,7 +190,7 @@ class Launches:
     def run_kernel(self, kernel: Kernel, launch: T.Kernel, block: int) -> None:
         passed = {v: k for k, v in PASSED.get(launch.role, {}).items()}
         memory: dict[str, Tensor | int] = {f"{passed.get(n, n)}_ptr": x.view(-1) for n, x in self.memory.items()}
-        memory |= {**self.table, "tokens": -1, "each": -1}
+        memory |= {**self.table, "tokens": -1, "each": -1, "levels": C.bit_length() - 1, "upper_levels": 2}
         memory |= {f"parts_{s}": -(-self.sizes[s.upper()] // block) for s in "ij"}
         constants = {
             "AI": 32,

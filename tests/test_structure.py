@@ -82,7 +82,7 @@ def test_the_specs_with_a_chunk_form() -> None:
 
 STOPS = {
     "tiles": {"count"},
-    "levels": {"LEVELS", "2"},
+    "levels": {"LEVELS", "levels", "upper_levels"},
     "blocks of side i": {"tl.cdiv(I, BI)", "parts_i"},
     "blocks of side j": {"tl.cdiv(J, BJ)", "parts_j"},
 }
@@ -122,7 +122,20 @@ def test_launches(name: str) -> None:
         assert 2 <= len(forward) <= 3 and 3 <= len(backward) <= 6
 
 
-PLACES = {"tile_start", "tile_stop", "first_tile", "offsets", "tokens", "each", "totals_i", "totals_j", "parts_i", "parts_j"}
+PLACES = {
+    "tile_start",
+    "tile_stop",
+    "first_tile",
+    "offsets",
+    "tokens",
+    "each",
+    "totals_i",
+    "totals_j",
+    "parts_i",
+    "parts_j",
+    "levels",
+    "upper_levels",
+}
 PASSED = {"ends": {"initial": "d_last", "last": "d_initial", "states": "ends"}, "token": {"next": "last"}}
 
 

@@ -451,8 +451,9 @@ def _call(kernel: Kernel, launch: T.Kernel, w: Writer, rename: dict[str, str]) -
     rows = "seq.count" if launch.rows == "sequences" else "tiles"
     count = " * ".join(f'triton.cdiv({s.upper()}, chosen["B{s.upper()}"])' for s in launch.blocks)
     arguments = [_argument(a.removesuffix("_ptr")) for a in kernel.arguments]
+    numbers = {"levels": "LEVELS", "upper_levels": "2"}
     parts = {f"parts_{s}": f'triton.cdiv({s.upper()}, chosen["B{s.upper()}"])' for s in "ij"}
-    arguments = [{**parts, **rename}.get(a, a) for a in arguments]
+    arguments = [{**numbers, **parts, **rename}.get(a, a) for a in arguments]
     given = {
         "AI": "triton.next_power_of_2(I)",
         "AJ": "triton.next_power_of_2(J)",

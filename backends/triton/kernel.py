@@ -19,7 +19,8 @@ RANKS = {"|": 1, "^": 2, "&": 3, "<": 0, "<=": 0, "==": 0, "!=": 0, ">": 0, ">="
 OVER = {
     "count": "tiles",
     "LEVELS": "levels",
-    "2": "levels",
+    "levels": "levels",
+    "upper_levels": "levels",
     "parts_i": "blocks of side i",
     "parts_j": "blocks of side j",
     "tl.cdiv(I, BI)": "blocks of side i",

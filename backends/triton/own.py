@@ -24,6 +24,8 @@ class SideKernel(SideBase):
         arguments += (["states_ptr"] if self.reads else []) + (["ends_ptr"] if self.writes else [])
         arguments += [f"{r}_ptr" for r in self.outputs()]
         arguments += ["tile_start_ptr", "tile_stop_ptr", "tokens", "each", f"parts_{self.o}"]
+        if (self.own or self.far) and self.plan.anchor != "start":
+            arguments.append(self.level_count())
         if self.plan.only:
             arguments += [f"totals_{g.side}_ptr" for g in self.form.gates if not g.thin]
         return Kernel(self.name, self.doc(), tuple(dict.fromkeys(arguments)), self.t.closed())

@@ -154,9 +154,11 @@ class SideBase:
         return self.b.let("same", block_of.rows.same(block_of.cols))
 
     def levels(self) -> AbstractContextManager[Expr]:
-        """A loop over the levels that pairs are anchored in, from the largest block down."""
-        count = "LEVELS" if self.plan.anchor == "levels" else 2
-        return self.b.loop("step", count, "levels")
+        """A loop over the levels that pairs are anchored in, from the largest block down; unrolled it would spill."""
+        return self.b.loop("step", self.level_count(), "levels")
+
+    def level_count(self) -> str:
+        return "levels" if self.plan.anchor == "levels" else "upper_levels"
 
     def level(self, step: Expr, gate: Expr) -> tuple[Expr, Expr]:
         """Which pairs a level anchors, and each token's decay to or from the middle of its block."""

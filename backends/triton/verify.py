@@ -17,7 +17,15 @@ ELEMENTWISE = (
     "tl.where", "tl.maximum", "tl.minimum", "tl.exp", "tl.log", "tl.sqrt", "tl.abs", "tl.floor", "tl.sigmoid", "tl.sin",
     "tl.cos", "tl.erf", "neg",
 )  # fmt: skip
-LENGTHS = ("queries", "rows", "tokens", "each", "parts")  # arguments that are numbers: places of a sequence, its tiles
+LENGTHS = (
+    "queries",
+    "rows",
+    "tokens",
+    "each",
+    "parts",
+    "levels",
+    "upper_levels",
+)  # arguments that are numbers: places of a sequence, its tiles
 PLACES = (
     "tile_start",
     "tile_stop",
