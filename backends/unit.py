@@ -345,11 +345,10 @@ class UnitEmitter:
                 w(f"state_{identifier(f.name)} = None")
         if any(isinstance(n, N.Scan | N.Attend) for n in self.graph.nodes):
             w(f"scans = _scans({first})")
+        self.printer = Body(self.unit, self.lines, w, owner, self.prefix)
         for n in self.inputs:
             if n.dtype in ("float", "complex"):
-                dtype = "ct" if n.dtype == "float" else "complex_type(ct)"
-                w(f"{identifier(n.name)} = {identifier(n.name)}.to({dtype})")
-        self.printer = Body(self.unit, self.lines, w, owner, self.prefix)
+                self.printer.widen(n, "ct" if n.dtype == "float" else "complex_type(ct)")
         self.printer.attentions = self.attentions
         self.printer.attribute = self.attribute if owner else param_name
         self.printer.whole = bool(self.whole)

@@ -150,28 +150,40 @@ class Sequences:
         result: tuple[Tensor, Tensor, Tensor, Tensor] = self._once("tiling", make)
         return result
 
-    def tile_table(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def tile_table(self, size: int = TILE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For kernels: each tile's first token and its sequence's end, each sequence's first tile and tile count.
 
         There are as many tiles as the shapes allow, so that no value is read; those beyond the last are empty."""
 
         def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            counts = (self.offsets.diff() + TILE - 1) // TILE
+            counts = (self.offsets.diff() + size - 1) // size
             ends = counts.cumsum(0)
             tokens = self.rows * self.tokens
-            most = -(-self.most // TILE) * self.count
-            most = min(most, tokens // TILE + min(self.count, tokens)) if self.packed else most
+            most = -(-self.most // size) * self.count
+            most = min(most, tokens // size + min(self.count, tokens)) if self.packed else most
             tiles = torch.arange(most, device=self.device)
             owner = torch.searchsorted(ends, tiles, right=True)
             known = owner.clamp(max=self.count - 1)
-            start = self.offsets[known] + (tiles - (ends - counts)[known]) * TILE
+            start = self.offsets[known] + (tiles - (ends - counts)[known]) * size
             stop = torch.where(owner < self.count, self.offsets[known + 1], start)
             return start, stop, ends - counts, counts
 
         empty = torch.zeros(0, dtype=torch.int64, device=self.device)
         result: tuple[Tensor, Tensor, Tensor, Tensor] = self._once(
-            "table", make if self.count else lambda: (empty, empty, empty, empty)
+            f"table {size}", make if self.count else lambda: (empty, empty, empty, empty)
         )
+        return result
+
+    def segments(self, size: int) -> tuple[Tensor, Tensor]:
+        """Sequences cut into segments of so many tokens: the tokens [n + 1] between which these lie, and the segments
+        [N + 1] between which sequences do. Those beyond the last are empty."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            start, _, first, count = self.tile_table(size)
+            end = self.offsets[-1:]
+            return torch.cat([torch.minimum(start, end), end]), F.pad(count.cumsum(0), (1, 0))
+
+        result: tuple[Tensor, Tensor] = self._once(f"segments {size}", make)
         return result
 
     def tile(self, x: Tensor) -> Tensor:
@@ -459,16 +471,13 @@ def once() -> None:
         )
 
 
-Scan = Callable[[Sequences, Tensor, Tensor, Tensor, bool, bool], tuple[Tensor, Tensor]]
-
-
 class VectorScan(torch.autograd.Function):
     """h = a * h + b for each channel: h before each token [B, T, H, D] and the last h [N, H, D]."""
 
     @staticmethod
-    def forward(ctx: Any, seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan) -> tuple[Tensor, Tensor]:
-        out, last = scan(seq, a, b, initial, False, False)
-        ctx.seq, ctx.scan = seq, scan
+    def forward(ctx: Any, seq: Sequences, a: Tensor, b: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+        out, last = tile_scan(seq, a, b, initial, False, False)
+        ctx.seq = seq
         ctx.save_for_backward(a, out)
         return out, last
 
@@ -477,8 +486,16 @@ class VectorScan(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
         once()
         a, out = ctx.saved_tensors
-        d_b, d_initial = ctx.scan(ctx.seq, a.conj().resolve_conj(), d_out, d_last, True, False)
-        return None, d_b * out.conj(), d_b, d_initial, None
+        d_b, d_initial = tile_scan(ctx.seq, a.conj().resolve_conj(), d_out, d_last, True, False)
+        return None, d_b * out.conj(), d_b, d_initial
+
+
+Scan = Callable[[Sequences, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+
+
+def tile_max(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """A max-plus scan, or for `reverse` the sum that its gradient is."""
+    return tile_scan(seq, a, b, initial, reverse, not reverse)
 
 
 class MaxPlusScan(torch.autograd.Function):
@@ -486,7 +503,7 @@ class MaxPlusScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan) -> tuple[Tensor, Tensor]:
-        out, last = scan(seq, a, b, initial, False, True)
+        out, last = scan(seq, a, b, initial, False)
         kept = a + out
         ctx.seq, ctx.scan = seq, scan
         ctx.save_for_backward((kept > b).to(a.dtype) + 0.5 * (kept == b).to(a.dtype))
@@ -497,7 +514,7 @@ class MaxPlusScan(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
         once()
         (share,) = ctx.saved_tensors
-        d_h, d_initial = ctx.scan(ctx.seq, share, d_out, d_last, True, False)
+        d_h, d_initial = ctx.scan(ctx.seq, share, d_out, d_last, True)
         return None, d_h * share, d_h * (1 - share), d_initial, None
 
 
@@ -508,17 +525,21 @@ def lay(x: Tensor, shape: tuple[int, ...], heads: int) -> Tensor:
 
 
 @uncast
-def vector_scan(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan = tile_scan) -> tuple[Tensor, Tensor]:
-    """h = a * h + b: h before each token, and the last one; `scan` does the work."""
+def vector_scan(
+    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, after: bool = False, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """h = a * h + b: h before each token, or after it, in `dtype`, and the last one."""
     if seq.one_token:
-        return initial[:, None], a[:, 0] * initial + b[:, 0]
-    result: tuple[Tensor, Tensor] = VectorScan.apply(seq, a, b, initial, scan)  # type: ignore[no-untyped-call]
-    return result
+        before, last = initial[:, None], a[:, 0] * initial + b[:, 0]
+    else:
+        before, last = VectorScan.apply(seq, a, b, initial)  # type: ignore[no-untyped-call]
+    out = a * before + b if after else before
+    return out if dtype is None else out.to(dtype), last
 
 
 @uncast
 def max_plus_scan(
-    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan = tile_scan
+    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan = tile_max
 ) -> tuple[Tensor, Tensor]:
     """h = max(a + h, b): h before each token, and the last one; `scan` does the work."""
     if seq.one_token:

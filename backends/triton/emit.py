@@ -12,8 +12,9 @@ from chunkc.backends.triton.kernel import Kernel
 from chunkc.backends.triton.launch import emit_attention
 from chunkc.backends.triton.pairs import NoKernel
 from chunkc.backends.triton.schedule import SideKernel, SidePlan, pass_kernel
-from chunkc.backends.triton.vector import step_kernel, vector_kernel
+from chunkc.backends.triton.vector import step_kernel
 from chunkc.backends.triton.verify import verify_kernel
+from chunkc.backends.triton.walks import emit_vector
 from chunkc.backends.writer import Lines, Writer, identifier
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
@@ -131,7 +132,7 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     _settings(w)
     scans = [(u, s) for u in units for s in u.graph.of_kind(N.Scan)]
     if any(not (s.i or s.j) for _, s in scans):
-        _vector(w)
+        emit_vector(w)
     for unit, scan in scans:
         if scan.i or scan.j:
             form = scan_form(scan, {n.id: n.axes for n in unit.graph.nodes}, prefix_of(unit, units))
@@ -197,33 +198,6 @@ def _settings(w: Writer) -> None:
         with w.indented("else:"):
             w('total = tl.dot(mask.to(tl.float32), x, input_precision="ieee")')
         w("return total")
-
-
-def _vector(w: Writer) -> None:
-    for kernel in (vector_kernel(False, False), vector_kernel(True, False), vector_kernel(False, True)):
-        w()
-        w()
-        kernel.print(w)
-    w()
-    w()
-    head = "def _launch(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, reverse: bool, tropical: bool)"
-    with w.indented(f"{head} -> tuple[Tensor, Tensor]:"):
-        w("a, b, initial = a.contiguous(), b.contiguous(), initial.contiguous()")
-        w("start, stop, first, count = seq.tile_table()")
-        w("size = a.shape[2] * a.shape[3]")
-        w("out, last = torch.empty_like(a), torch.empty_like(initial)")
-        w("kernel = max_plus if tropical else vector_reverse if reverse else vector")
-        with w.indented("if seq.count:"):
-            w("kernel[(seq.count, triton.cdiv(size, 32))](")
-            w("    a, b, initial, out, last, start, stop, first, count,")
-            w("    D=size, C=TILE, LEVELS=LEVELS, BD=32, num_warps=4,")
-            w(")")
-        w("return out, last")
-    for name in ("vector_scan", "max_plus_scan"):
-        w()
-        w()
-        with w.indented(f"def {name}(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:"):
-            w(f"return _runtime.{name}(seq, a, b, initial, _launch)")
 
 
 def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -> None:
