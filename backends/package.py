@@ -136,7 +136,8 @@ FUNCTIONS = (
     "scatter", "softmax", "take",
 )  # fmt: skip
 RUNTIME_NAMES = (
-    "Sequences", "Weights", "axis_size", "complex_type", "compute_dtype", "exact", "lay", "stopped", "use_kernels",
+    "Sequences", "Weights", "axis_size", "complex_type", "compute_dtype", "exact", "lay", "overwrite", "stopped",
+    "tracked", "use_kernels",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from test_structure import CHUNKED, KERNELS, PASSED, VECTOR, at, scans
 from torch import Tensor
 
 from chunkc.backends.scan import ScanForm
+from chunkc.backends.token import free_side
 from chunkc.backends.triton.emit import launches
 from chunkc.backends.triton.kernel import Kernel, Let, Loop, Statement, Store
 from chunkc.backends.triton.text import parse_expr, parse_kernels
@@ -187,8 +188,10 @@ class Launches:
         rows = self.table["tile_start_ptr"].numel() if launch.rows == "tiles" else len(self.batch.lengths)
         blocks = [-(-self.sizes[s.upper()] // block) for s in launch.blocks]
         grid = (rows, math.prod(blocks), self.sizes["H"]) if blocks else (rows, self.sizes["H"])
-        if launch.role == "token":
-            constants |= {"BI": 32}
+        if launch.role == "token":  # a block of the side that no sum is over, all of the others
+            own = free_side(self.scan.form, [])
+            constants |= {f"B{s.upper()}": 64 for s in "ij" if s != own}
+            grid = (*grid, -(-self.sizes[own.upper()] // block) if own else 1)
         Launch(kernel, grid, memory, constants).run()
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from chunkc.backends.torch.functions import take
 
@@ -78,11 +79,17 @@ class Sequences:
         device = like.device
         self.packed = cu_seqlens is not None
         self.count = rows if cu_seqlens is None else cu_seqlens.numel() - 1
-        if cu_seqlens is None:
-            self.offsets = torch.arange(rows + 1, device=device) * tokens
-        else:
-            self.offsets = cu_seqlens.to(device=device, dtype=torch.int64)
+        self.in_place = False  # whether one token's state is written over the one before
         self._cache: dict[str, Any] = {}
+        if cu_seqlens is not None:
+            self._cache["offsets"] = cu_seqlens.to(device=device, dtype=torch.int64)
+
+    @property
+    def offsets(self) -> Tensor:
+        """Between which tokens the sequences lie [N + 1]; one token of each does not need to know."""
+        rows = self.rows + 1
+        offsets: Tensor = self._once("offsets", lambda: torch.arange(rows, device=self.device) * self.tokens)
+        return offsets
 
     @property
     def one_token(self) -> bool:
@@ -461,6 +468,22 @@ def uncast(function: Function) -> Function:
             return function(*real)
 
     return run  # type: ignore[return-value]
+
+
+def tracked(*tensors: Tensor) -> bool:
+    """Whether autograd follows what is computed of any of these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+State = TypeVar("State")
+
+
+def overwrite(state: State, new: State) -> State:
+    """A state with the values of the new one, in its own tensors."""
+    with torch.no_grad():
+        for own, value in zip(tree_leaves(state), tree_leaves(new)):
+            own.copy_(value)
+    return state
 
 
 def once() -> None:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from chunkc.backends.attend import Form, Tile
 from chunkc.backends.body import Body
 from chunkc.backends.scan import Operand, ScanForm, scan_form
+from chunkc.backends.token import token_form
 from chunkc.backends.triton.attend import Kernels, attention_kernels
 from chunkc.backends.triton.kernel import Kernel
 from chunkc.backends.triton.launch import emit_attention
 from chunkc.backends.triton.pairs import NoKernel
 from chunkc.backends.triton.schedule import SideKernel, SidePlan, pass_kernel
-from chunkc.backends.triton.vector import step_kernel
+from chunkc.backends.triton.token import call_kernel, emit_call, emit_step, step_kernel
 from chunkc.backends.triton.verify import verify_kernel
 from chunkc.backends.triton.walks import emit_vector
 from chunkc.backends.writer import Lines, Writer, identifier
@@ -110,8 +111,9 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     attends = [(u, n) for u in units for n in u.graph.of_kind(N.Attend)]
     w("from __future__ import annotations")
     w()
-    if attends:
+    if attends or any(token_form(u, "") is not None for u in units):
         w("import math")
+    if attends:
         w("from functools import partial")
     w("from typing import Any")
     w()
@@ -137,12 +139,22 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
         if scan.i or scan.j:
             form = scan_form(scan, {n.id: n.axes for n in unit.graph.nodes}, prefix_of(unit, units))
             _scan(form, kernels_of(form, lines, spans_of(unit, lines)), lines, w)
+    for unit in units:
+        if (token := token_form(unit, prefix_of(unit, units))) is not None:
+            kernel = call_kernel(token, lines)
+            verify_kernel(kernel)
+            w()
+            w()
+            kernel.print(w)
+            w()
+            w()
+            emit_call(token, kernel, lines, w)
     if attends:
         _attention_settings(w)
     for unit, node in attends:
         _attention(unit, node, prefix_of(unit, units), tiles[unit.name][node.id], lines, w)
     exact = "exact, " if any("exact(" in line for line in w.lines) else ""  # sizes that a kernel divides
-    w.lines.insert(head, f"from ._runtime import LOG_SMALL, TILE, Sequences, {exact}log_gate, once, uncast")
+    w.lines.insert(head, f"from ._runtime import LOG_SMALL, TILE, Sequences, {exact}log_gate, once, tracked, uncast")
     return w.text()
 
 
@@ -241,17 +253,26 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
             _backward(form, kernels, backward, w)
     w()
     w()
-    _step(form, kernels[token.role], names, typed, w)
+    emit_step(form, kernels[token.role], lines, w)
+    _entry(form, names, typed, w)
+
+
+def _entry(form: ScanForm, names: list[str], typed: str, w: Writer) -> None:
+    """The function that layers call: one token is a kernel of its own, which takes operands as they are stored."""
+    given = f"seq, {', '.join(names)}, initial"
     w()
     w()
     w("@uncast")
+    with w.indented(f"def {form.name}_whole(seq: Sequences, {typed}, initial: Tensor) -> tuple[Tensor, ...]:"):
+        w(f"result: tuple[Tensor, ...] = {form.name}_Scan.apply({given})")
+        w("return result")
+    w()
+    w()
     with w.indented(f"def {form.name}_scan(seq: Sequences, {typed}, initial: Tensor) -> tuple[Tensor, ...]:"):
         w('"""Operands [B, T, H, D]; gives each read before the update, and the last state."""')
-        grad = f"any(x.requires_grad for x in ({', '.join(names)}, initial))"
-        with w.indented(f"if seq.one_token and not (torch.is_grad_enabled() and {grad}):"):
-            w(f"return {form.name}_step(seq, {', '.join(names)}, initial)")
-        w(f"result: tuple[Tensor, ...] = {form.name}_Scan.apply(seq, {', '.join(names)}, initial)")
-        w("return result")
+        with w.indented(f"if seq.one_token and not tracked({given.removeprefix('seq, ')}):"):
+            w(f"return {form.name}_step({given})")
+        w(f"return {form.name}_whole({given})")
 
 
 def _prepare(form: ScanForm, w: Writer) -> None:
@@ -338,23 +359,3 @@ def _gradient_buffer(o: Operand) -> str:
         return f"torch.empty_like({o.name})"
     size = "I" if o.side == "i" else "J"
     return f"{o.name}.new_empty((*{o.name}.shape[:3], triton.cdiv({size}, BLOCK)))"
-
-
-def _step(form: ScanForm, kernel: Kernel, names: list[str], typed: str, w: Writer) -> None:
-    outs = form.results()
-    with w.indented(f"def {form.name}_step(seq: Sequences, {typed}, state: Tensor) -> tuple[Tensor, ...]:"):
-        w('"""One token of each sequence in one launch: the reads before the update, and the state after it."""')
-        w(f"{', '.join(names)}, state = {', '.join(f'{n}.contiguous()' for n in names)}, state.contiguous()")
-        i, j = form.writes[0]
-        w(f"H, I, J = {i.name}.shape[2], {i.name}.shape[3], {j.name}.shape[3]")
-        for q, out in zip(form.queries, outs):
-            size = "J" if q.side == "i" else "I"
-            w(f"{out} = {names[0]}.new_empty((*{names[0]}.shape[:3], {size}))")
-        w("new = torch.empty_like(state)")
-        arguments = [a.removesuffix("_ptr").replace("next", "new") for a in kernel.arguments]
-        with w.indented("if seq.count:"):
-            w(f"{kernel.name}[(seq.count, H)](")
-            w(f"    {', '.join(arguments)},")
-            w("    H=H, I=I, J=J, BI=triton.next_power_of_2(I), BJ=32, num_warps=4,")
-            w(")")
-        w(f"return {', '.join([*outs, 'new'])}")

@@ -1,6 +1,6 @@
-"""Kernels without a product: elementwise scans over a sequence, and one token of a matrix scan.
+"""Kernels of elementwise scans.
 
-A program of an elementwise scan walks along a sequence, or a segment of one, with the states of a block of channels in
+A program walks along a sequence, or a segment of one, with the states of a block of channels in
 registers. Its loop over whole tiles has no masks over tokens: they would cost more than the scan.
 """
 
@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from chunkc.backends.scan import Operand, ScanForm
-from chunkc.backends.triton.kernel import Builder, Expr, Kernel, Value, call, exp, lift, maximum, where
-from chunkc.backends.writer import Lines
-from chunkc.ir import nodes as N
+from chunkc.backends.triton.kernel import Builder, Expr, Kernel, Value, call, lift, maximum, where
 
 STAGES = 4  # tiles of which one is walked over while the others come from memory
 
@@ -177,72 +174,3 @@ def totals_kernel(reverse: bool, tropical: bool) -> Kernel:
     doc = "What a segment does to the state before it: h = max(decay + h, total)." if tropical else (
         "What a segment does to the state before it: h = decay * h + total.")  # fmt: skip
     return w.kernel(name, doc, f"a {'g' if reverse else 'b'} decay total")
-
-
-def step_kernel(form: ScanForm, lines: Lines) -> Kernel:
-    """One token: the reads of the state before the update, and the state after it. A program a sequence and head."""
-    b = Builder()
-    sequence = b.let("sequence", call("tl.program_id", 0).to("tl.int64"))
-    head = b.let("head", call("tl.program_id", 1))
-    base = b.let("base", sequence * "H" + head)
-    col_i = b.let("col_i", call("tl.arange", 0, "BI"))
-    has_i = b.let("has_i", col_i < "I")
-
-    def operand(o: Operand) -> None:
-        cols, has, size = (col_i, has_i, "I") if o.side == "i" else (Expr("col_j"), Expr("has_j"), "J")
-        offset = base if o.thin else base * size + cols
-        b.load(o.name, Expr(f"{o.name}_ptr") + offset, None if o.thin else has)
-
-    for o in form.operands():
-        if o.side == "i":
-            operand(o)
-    for q in form.queries:
-        if q.side == "j":
-            b.let(f"out_{q.name}", call("tl.zeros", "(BI,)", "tl.float32"))
-    with b.loop("part", call("tl.cdiv", "J", "BJ"), "blocks of side j") as part:
-        col_j = b.let("col_j", part * "BJ" + call("tl.arange", 0, "BJ"))
-        has_j = b.let("has_j", col_j < "J")
-        for o in form.operands():
-            if o.side == "j":
-                operand(o)
-        cell = b.let("cell", base * (Expr("I") * "J") + col_i.rows * "J" + col_j.cols)
-        has = b.let("has", has_i.rows & has_j.cols)
-        b.load("state", Expr("state_ptr") + cell, has)
-        *reads, new = _step_values(form)
-        for q, read in zip(form.queries, reads):
-            if q.side == "i":
-                b.store(Expr(f"out_{q.name}_ptr") + base * "J" + col_j, call("tl.sum", read, 0), has_j)
-            else:
-                b.add(Expr(f"out_{q.name}"), call("tl.sum", read, 1))
-        b.store(Expr("next_ptr") + cell, b.let("new", new, lines.place(form.scan.span)), has)
-    for q in form.queries:
-        if q.side == "j":
-            b.store(Expr(f"out_{q.name}_ptr") + base * "I" + col_i, Expr(f"out_{q.name}"), has_i)
-    names = [*(f"{o.name}_ptr" for o in form.operands()), *(f"out_{q.name}_ptr" for q in form.queries)]
-    return Kernel(f"{form.name}_token", f"One token of {form.scan.name}.", (*names, "state_ptr", "next_ptr"),
-                  tuple(b.body))  # fmt: skip
-
-
-def _step_values(form: ScanForm) -> list[Expr]:
-    """From the scan's step as a graph: what each read sums over its side, and the state after the token."""
-    step = form.scan.step
-    assert step is not None, "the scan has no step"
-    # A value is a number, a vector over side i (a column where it meets the state) or j (a row), or like the state.
-    found: dict[str, tuple[Expr, str]] = {}
-    for node, o in zip(step.of_kind(N.Input), form.operands()):
-        found[node.id] = (Expr(o.name), "" if o.thin else o.side)
-    found[step.of_kind(N.Input)[-1].id] = (Expr("state"), "ij")
-
-    def laid(id_: str, alone: bool) -> Expr:
-        value, side = found[id_]
-        return value if alone or side in ("", "ij") else value.rows if side == "i" else value.cols
-
-    for node in step.nodes:
-        if isinstance(node, N.Map):
-            sides = {found[a][1] for a in node.args}
-            args = [laid(a, len(sides) == 1) for a in node.args]
-            value = exp(args[0]) if node.fn == "exp" else Expr(node.fn, tuple(args))
-            found[node.id] = (value, sides.pop() if len(sides) == 1 else "ij")
-        elif isinstance(node, N.Reduce):
-            found[node.id] = found[node.arg]
-    return [found[id_][0] for _, id_ in step.outputs]
