@@ -87,9 +87,8 @@ class Sequences:
     @property
     def offsets(self) -> Tensor:
         """Between which tokens the sequences lie [N + 1]; one token of each does not need to know."""
-        rows = self.rows + 1
-        offsets: Tensor = self._once("offsets", lambda: torch.arange(rows, device=self.device) * self.tokens)
-        return offsets
+        made: Tensor = self._once("offsets", lambda: torch.arange(self.rows + 1, device=self.device) * self.tokens)
+        return made
 
     @property
     def one_token(self) -> bool:
@@ -182,12 +181,16 @@ class Sequences:
         return result
 
     def segments(self, size: int) -> tuple[Tensor, Tensor]:
-        """Sequences cut into segments of so many tokens: the tokens [n + 1] between which these lie, and the segments
-        [N + 1] between which sequences do. Those beyond the last are empty."""
+        """Sequences cut at so many tokens: where segments start and end [n + 1], in tokens, and sequences [N + 1], in
+        segments. Those beyond the last are empty."""
 
         def make() -> tuple[Tensor, Tensor]:
-            start, _, first, count = self.tile_table(size)
             end = self.offsets[-1:]
+            if not self.packed:
+                each = torch.arange(-(-self.tokens // size), device=self.device)
+                start = (self.offsets[:-1, None] + each * size).flatten()
+                return torch.cat([start, end]), torch.arange(self.rows + 1, device=self.device) * len(each)
+            start, _, _, count = self.tile_table(size)
             return torch.cat([torch.minimum(start, end), end]), F.pad(count.cumsum(0), (1, 0))
 
         result: tuple[Tensor, Tensor] = self._once(f"segments {size}", make)
@@ -513,12 +516,7 @@ class VectorScan(torch.autograd.Function):
         return None, d_b * out.conj(), d_b, d_initial
 
 
-Scan = Callable[[Sequences, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
-
-
-def tile_max(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """A max-plus scan, or for `reverse` the sum that its gradient is."""
-    return tile_scan(seq, a, b, initial, reverse, not reverse)
+Scan = Callable[[Sequences, Tensor, Tensor, Tensor, bool, bool], tuple[Tensor, Tensor]]
 
 
 class MaxPlusScan(torch.autograd.Function):
@@ -526,7 +524,7 @@ class MaxPlusScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan) -> tuple[Tensor, Tensor]:
-        out, last = scan(seq, a, b, initial, False)
+        out, last = scan(seq, a, b, initial, False, True)
         kept = a + out
         ctx.seq, ctx.scan = seq, scan
         ctx.save_for_backward((kept > b).to(a.dtype) + 0.5 * (kept == b).to(a.dtype))
@@ -537,7 +535,7 @@ class MaxPlusScan(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
         once()
         (share,) = ctx.saved_tensors
-        d_h, d_initial = ctx.scan(ctx.seq, share, d_out, d_last, True)
+        d_h, d_initial = ctx.scan(ctx.seq, share, d_out, d_last, True, False)
         return None, d_h * share, d_h * (1 - share), d_initial, None
 
 
@@ -562,7 +560,7 @@ def vector_scan(
 
 @uncast
 def max_plus_scan(
-    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan = tile_max
+    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan = tile_scan
 ) -> tuple[Tensor, Tensor]:
     """h = max(a + h, b): h before each token, and the last one; `scan` does the work."""
     if seq.one_token:

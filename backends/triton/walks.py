@@ -6,7 +6,7 @@ from chunkc.backends.triton.vector import vector_kernels
 from chunkc.backends.writer import Writer
 
 HELPERS = '''
-CHANNELS, WALKED = 64, 32  # channels of a program that walks along a sequence, and tokens of a tile
+CHANNELS, WALKED, WARPS = 64, 32, 2  # channels of a program that walks along a sequence, tokens of a tile, warps
 SEGMENT = 1024  # tokens of a segment
 FEW = 96  # programs that leave a GPU idle: then each walks along a segment
 
@@ -66,10 +66,10 @@ def entered(
     total, states, last = torch.empty_like(decay), torch.empty_like(decay), torch.empty_like(initial)
     if seq.count:
         totals[(decay.shape[0], blocks)](
-            a, b, decay, total, bounds, D=size, C=WALKED, BD=CHANNELS, AFTER=int(after), num_warps=1,
+            a, b, decay, total, bounds, D=size, C=WALKED, BD=CHANNELS, AFTER=int(after), num_warps=WARPS,
         )
         walk[(seq.count, blocks)](
-            decay, total, initial, states, last, cut, D=size, C=WALKED, BD=CHANNELS, AFTER=0, num_warps=1,
+            decay, total, initial, states, last, cut, D=size, C=WALKED, BD=CHANNELS, AFTER=0, num_warps=WARPS,
         )
     return bounds, states, last
 
@@ -82,7 +82,7 @@ def walked(
     size, ends = a.shape[2] * a.shape[3], torch.empty_like(states)
     if seq.count:
         walk[(bounds.numel() - 1, triton.cdiv(size, CHANNELS))](
-            a, b, states, out, ends, bounds, D=size, C=WALKED, BD=CHANNELS, AFTER=int(after), num_warps=1,
+            a, b, states, out, ends, bounds, D=size, C=WALKED, BD=CHANNELS, AFTER=int(after), num_warps=WARPS,
         )
     return states, ends if last is None else last
 
@@ -114,7 +114,7 @@ class Vector(torch.autograd.Function):
         if seq.count:
             vector_backward[(bounds.numel() - 1, triton.cdiv(size, CHANNELS))](
                 a, d_out, out, states, ends, d_a, d_b, d_states, bounds,
-                D=size, C=WALKED, BD=CHANNELS, AFTER=int(ctx.after), num_warps=1,
+                D=size, C=WALKED, BD=CHANNELS, AFTER=int(ctx.after), num_warps=WARPS,
             )
         return None, d_a, d_b, d_states if d_initial is None else d_initial, None, None
 
@@ -132,16 +132,18 @@ def vector_scan(
     return result
 
 
-def launch_max(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """For `_runtime.max_plus_scan`: h = max(a + h, b) along each sequence; its gradient is a sum from the end."""
+def launched(
+    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, reverse: bool, tropical: bool
+) -> tuple[Tensor, Tensor]:
+    """What `_runtime.max_plus_scan` is made of: the scan, and the sum from the end (`reverse`) that its gradient is."""
     a, b, initial, out = a.contiguous(), b.contiguous(), initial.contiguous(), torch.empty_like(b)
-    walk, totals = (vector_reverse, vector_totals_reverse) if reverse else (max_plus, max_plus_totals)
+    walk, totals = (max_plus, max_plus_totals) if tropical else (vector_reverse, vector_totals_reverse)
     _, last = walked(seq, a, b, initial, out, walk, totals, False)
     return out, last
 
 
 def max_plus_scan(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-    return _runtime.max_plus_scan(seq, a, b, initial, launch_max)
+    return _runtime.max_plus_scan(seq, a, b, initial, launched)
 '''
 
 
