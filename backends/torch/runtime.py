@@ -541,7 +541,7 @@ class MaxPlusScan(torch.autograd.Function):
 
 def lay(x: Tensor, shape: tuple[int, ...], heads: int) -> Tensor:
     """Repeat x to [B, T, *axes], then join the first `heads` axes to H and the others to D: [B, T, H, D]."""
-    x = x.expand(shape)
+    x = x if x.shape == shape else x.expand(shape)  # each view costs a call's host time
     return x.reshape(*shape[:2], math.prod(shape[2 : 2 + heads]), math.prod(shape[2 + heads :]))
 
 

@@ -23,7 +23,7 @@ class _Walk:
         self.b = b = Builder()
         self.part = b.let("part", call("tl.program_id", 0).to("tl.int64"))
         self.row = b.let("row", call("tl.arange", 0, "C"))
-        b.note("two channels a thread, so that a warp has whole rows")
+        b.note("two channels a thread, so that it has all rows of a tile of them")
         channels = call("tl.program_id", 1) * "BD" + call("tl.arange", 0, "BD")
         self.col = b.let("col", call("tl.max_contiguous", channels, 2))
         self.has = b.let("has", self.col < "D")
@@ -85,7 +85,7 @@ class _Walk:
 
     def kernel(self, name: str, doc: str, arguments: str) -> Kernel:
         pointers = tuple(f"{a}_ptr" for a in [*arguments.split(), "bounds"])
-        return Kernel(name, doc, pointers, tuple(self.b.body), warps=2, ends=(("row", "length"),))
+        return Kernel(name, doc, pointers, tuple(self.b.body), warps=1, ends=(("row", "length"),))
 
 
 def vector_kernels() -> list[Kernel]:

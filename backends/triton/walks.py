@@ -6,7 +6,7 @@ from chunkc.backends.triton.vector import vector_kernels
 from chunkc.backends.writer import Writer
 
 HELPERS = '''
-CHANNELS, WALKED, WARPS = 64, 32, 2  # channels of a program that walks along a sequence, tokens of a tile, warps
+CHANNELS, WALKED = 64, 32  # channels of a program that walks along a sequence, a warp; tokens of a tile
 SEGMENT = 1024  # tokens of a segment
 FEW = 96  # programs that leave a GPU idle: then each walks along a segment
 
@@ -66,10 +66,10 @@ def entered(
     total, states, last = torch.empty_like(decay), torch.empty_like(decay), torch.empty_like(initial)
     if seq.count:
         totals[(decay.shape[0], blocks)](
-            a, b, decay, total, bounds, D=size, C=WALKED, BD=CHANNELS, AFTER=int(after), num_warps=WARPS,
+            a, b, decay, total, bounds, D=size, C=WALKED, BD=CHANNELS, AFTER=int(after), num_warps=1,
         )
         walk[(seq.count, blocks)](
-            decay, total, initial, states, last, cut, D=size, C=WALKED, BD=CHANNELS, AFTER=0, num_warps=WARPS,
+            decay, total, initial, states, last, cut, D=size, C=WALKED, BD=CHANNELS, AFTER=0, num_warps=1,
         )
     return bounds, states, last
 
@@ -82,7 +82,7 @@ def walked(
     size, ends = a.shape[2] * a.shape[3], torch.empty_like(states)
     if seq.count:
         walk[(bounds.numel() - 1, triton.cdiv(size, CHANNELS))](
-            a, b, states, out, ends, bounds, D=size, C=WALKED, BD=CHANNELS, AFTER=int(after), num_warps=WARPS,
+            a, b, states, out, ends, bounds, D=size, C=WALKED, BD=CHANNELS, AFTER=int(after), num_warps=1,
         )
     return states, ends if last is None else last
 
@@ -114,7 +114,7 @@ class Vector(torch.autograd.Function):
         if seq.count:
             vector_backward[(bounds.numel() - 1, triton.cdiv(size, CHANNELS))](
                 a, d_out, out, states, ends, d_a, d_b, d_states, bounds,
-                D=size, C=WALKED, BD=CHANNELS, AFTER=int(ctx.after), num_warps=WARPS,
+                D=size, C=WALKED, BD=CHANNELS, AFTER=int(ctx.after), num_warps=1,
             )
         return None, d_a, d_b, d_states if d_initial is None else d_initial, None, None
 
