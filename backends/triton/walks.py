@@ -6,7 +6,8 @@ from chunkc.backends.triton.vector import vector_kernels
 from chunkc.backends.writer import Writer
 
 HELPERS = '''
-CHANNELS, WALKED = 64, 32  # channels of a program that walks along a sequence, a warp; tokens of a tile
+CHANNELS = 64  # of a program that walks along a sequence: a warp
+WALKED, SHORT = 32, 16  # tokens of a tile, and of one of short sequences
 SEGMENT = 1024  # tokens of a segment
 FEW = 96  # programs that leave a GPU idle: then each walks along a segment
 
@@ -51,6 +52,11 @@ def product(x):
 '''
 
 LAUNCHES = '''
+def tile_of(seq: Sequences) -> int:
+    """Tokens of a tile. A walk is token by token in either, with the same bits."""
+    return SHORT if seq.most <= 4 * SHORT else WALKED
+
+
 def entered(
     seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, walk: Any, totals: Any, after: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -82,7 +88,7 @@ def walked(
     size, ends = a.shape[2] * a.shape[3], torch.empty_like(states)
     if seq.count:
         walk[(bounds.numel() - 1, triton.cdiv(size, CHANNELS))](
-            a, b, states, out, ends, bounds, D=size, C=WALKED, BD=CHANNELS, AFTER=int(after), num_warps=1,
+            a, b, states, out, ends, bounds, D=size, C=tile_of(seq), BD=CHANNELS, AFTER=int(after), num_warps=1,
         )
     return states, ends if last is None else last
 
@@ -114,7 +120,7 @@ class Vector(torch.autograd.Function):
         if seq.count:
             vector_backward[(bounds.numel() - 1, triton.cdiv(size, CHANNELS))](
                 a, d_out, out, states, ends, d_a, d_b, d_states, bounds,
-                D=size, C=WALKED, BD=CHANNELS, AFTER=int(ctx.after), num_warps=1,
+                D=size, C=tile_of(seq), BD=CHANNELS, AFTER=int(ctx.after), num_warps=1,
             )
         return None, d_a, d_b, d_states if d_initial is None else d_initial, None, None
 
