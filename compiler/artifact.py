@@ -69,6 +69,7 @@ class Manifest(BaseModel):
     spec: str
     spec_sha256: str
     settings: dict[str, bool | int | float] = {}
+    schedules: dict[str, dict[str, bool]] = {}  # what each layer or op demands, the settings by name
     files: dict[str, str]
     fingerprint: str
 
@@ -195,6 +196,7 @@ def pack(compiled: Compiled, emit: Emitter, settings: Mapping[str, Number]) -> d
     verify(files)
     manifest = Manifest(
         compiler=__version__, spec=source.name, spec_sha256=sha256(source.text), settings=chosen,
+        schedules={unit.name: unit.schedule.demands() for unit in compiled.units},
         files={name: sha256(text) for name, text in files.items()}, fingerprint=fingerprint(source, settings),
     )  # fmt: skip
     return {**files, MANIFEST: manifest.text()}

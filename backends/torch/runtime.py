@@ -1,4 +1,4 @@
-"""What an emitted package needs beside its own text: sequences in tiles, elementwise scans, norms.
+"""What an emitted package needs beside its own text: sequences in tiles, and what scans and attentions share.
 
 Copied into each package as `_runtime.py`; it imports torch alone. Shapes: B batch rows, T tokens a row, N sequences
 (N = B in a dense batch; a packed batch has B = 1), n tiles of C = 64 tokens, H heads (all batch axes together).
@@ -195,6 +195,15 @@ class Sequences:
 
         result: tuple[Tensor, Tensor] = self._once(f"segments {size}", make)
         return result
+
+    def places(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int, int]:
+        """For kernels: sequences' first tokens [N + 1], `tile_table`'s first three, tokens and tiles of a row, tiles in
+        all. A dense batch has no tables."""
+        if self.packed:
+            start, stop, first, _ = self.tile_table()
+            return self.offsets, start, stop, first, self.tokens, start.shape[0], start.shape[0]
+        each = -(-self.tokens // TILE)
+        return None, None, None, None, self.tokens, each, self.rows * each
 
     def tile(self, x: Tensor) -> Tensor:
         """[B, T, H, D] in tiles [n, H, C, D], 0 where a tile goes beyond its sequence."""
@@ -393,6 +402,16 @@ def after(x: Tensor) -> Tensor:
     return F.pad(x[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
 
 
+def upto(x: Tensor) -> Tensor:
+    """Prefix sums along the tokens of a tile, each token's own value included."""
+    return x.cumsum(-2)
+
+
+def onward(x: Tensor) -> Tensor:
+    """Suffix sums along the tokens of a tile, each token's own value included."""
+    return x.flip(-2).cumsum(-2).flip(-2)
+
+
 def levels() -> Iterator[int]:
     """Half sizes of the blocks in which pairs of tokens are anchored: each pair lies across one block's middle."""
     half = TILE // 2
@@ -410,45 +429,6 @@ def halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
 def log_gate(gate: Tensor, least: float = LOG_ZERO) -> Tensor:
     """The logarithm of a gate in [0, 1], at least `least`: of exact zeros it is `least`."""
     return torch.where(gate > 0, gate, 1.0).log().masked_fill(gate <= 0, least).clamp(min=least)
-
-
-# -- scans without a product: h = a * h + b, and h = max(a + h, b) -----------------------------------------------------
-
-
-def tile_scan(
-    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, reverse: bool, tropical: bool
-) -> tuple[Tensor, Tensor]:
-    """The state before each token (for `reverse`: after it, from the end) and the last one."""
-    a, b = seq.tile(a), seq.tile(b)  # [n, H, C, D]; a token beyond the end must leave the state alone
-    _, inside, _, _ = seq._tiling()
-    beyond = ~inside[:, None, :, None]
-    a = a.masked_fill(beyond, 0.0 if tropical else 1.0)
-    if tropical:
-        b = b.masked_fill(beyond, -math.inf)
-    if reverse:
-        a, b = a.flip(2), b.flip(2)
-    if not tropical:  # in float32, products of a tile's equal decays would all err alike, which adds up over the tiles
-        a = a.to(torch.promote_types(a.dtype, torch.float64))
-    for half in reversed(list(levels())):  # inclusive scans of growing blocks
-        (_, a_up), (_, b_up) = halves(a, half), halves(b, half)
-        a_low, b_low = halves(a, half)[0][..., -1:, :], halves(b, half)[0][..., -1:, :]
-        if tropical:
-            b_up.copy_(torch.maximum(a_up + b_low, b_up))
-            a_up.add_(a_low)
-        else:
-            b_up.addcmul_(a_up.to(b.dtype), b_low)
-            a_up.mul_(a_low)
-    state, whole = initial.clone(), a[:, :, -1]
-    a, states = a.to(b.dtype), torch.empty_like(b[:, :, 0])
-    for tile, active in seq.steps(reverse):
-        states[tile] = state[active]
-        last_a, last_b = whole[tile], b[tile, :, -1]
-        new = torch.maximum(last_a + state[active], last_b) if tropical else last_a * state[active] + last_b
-        state[active] = new.to(b.dtype)
-    entering = states[:, :, None]
-    inner = torch.maximum(a + entering, b) if tropical else a * entering + b
-    out = torch.cat([entering, inner[:, :, :-1]], 2)
-    return seq.untile(out.flip(2) if reverse else out), state
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -489,6 +469,17 @@ def overwrite(state: State, new: State) -> State:
     return state
 
 
+def as_given(function: Function) -> Function:
+    """The function without autocast, operands as they are."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with no_autocast(next(x for x in args if isinstance(x, Tensor)).device):
+            return function(*args)
+
+    return run  # type: ignore[return-value]
+
+
 def once() -> None:
     """Refuse a backward that is to be differentiated itself: a scan's gradient has no derivative."""
     if torch.is_grad_enabled():
@@ -497,83 +488,10 @@ def once() -> None:
         )
 
 
-class VectorScan(torch.autograd.Function):
-    """h = a * h + b for each channel: h before each token [B, T, H, D] and the last h [N, H, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, seq: Sequences, a: Tensor, b: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-        out, last = tile_scan(seq, a, b, initial, False, False)
-        ctx.seq = seq
-        ctx.save_for_backward(a, out)
-        return out, last
-
-    @staticmethod
-    @uncast
-    def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
-        once()
-        a, out = ctx.saved_tensors
-        d_b, d_initial = tile_scan(ctx.seq, a.conj().resolve_conj(), d_out, d_last, True, False)
-        return None, d_b * out.conj(), d_b, d_initial
-
-
-Scan = Callable[[Sequences, Tensor, Tensor, Tensor, bool, bool], tuple[Tensor, Tensor]]
-
-
-class MaxPlusScan(torch.autograd.Function):
-    """h = max(a + h, b) for each channel; the gradient goes to the larger one, half to each where they are equal."""
-
-    @staticmethod
-    def forward(ctx: Any, seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan) -> tuple[Tensor, Tensor]:
-        out, last = scan(seq, a, b, initial, False, True)
-        kept = a + out
-        ctx.seq, ctx.scan = seq, scan
-        ctx.save_for_backward((kept > b).to(a.dtype) + 0.5 * (kept == b).to(a.dtype))
-        return out, last
-
-    @staticmethod
-    @uncast
-    def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
-        once()
-        (share,) = ctx.saved_tensors
-        d_h, d_initial = ctx.scan(ctx.seq, share, d_out, d_last, True, False)
-        return None, d_h * share, d_h * (1 - share), d_initial, None
-
-
 def lay(x: Tensor, shape: tuple[int, ...], heads: int) -> Tensor:
     """Repeat x to [B, T, *axes], then join the first `heads` axes to H and the others to D: [B, T, H, D]."""
     x = x if x.shape == shape else x.expand(shape)  # each view costs a call's host time
     return x.reshape(*shape[:2], math.prod(shape[2 : 2 + heads]), math.prod(shape[2 + heads :]))
-
-
-@uncast
-def vector_scan(
-    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, after: bool = False, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """h = a * h + b: h before each token, or after it, in `dtype`, and the last one."""
-    if seq.one_token:
-        before, last = initial[:, None], a[:, 0] * initial + b[:, 0]
-    else:
-        before, last = VectorScan.apply(seq, a, b, initial)  # type: ignore[no-untyped-call]
-    out = a * before + b if after else before
-    return out if dtype is None else out.to(dtype), last
-
-
-@uncast
-def max_plus_scan(
-    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan = tile_scan
-) -> tuple[Tensor, Tensor]:
-    """h = max(a + h, b): h before each token, and the last one; `scan` does the work."""
-    if seq.one_token:
-        return initial[:, None], torch.maximum(a[:, 0] + initial, b[:, 0])
-    result: tuple[Tensor, Tensor] = MaxPlusScan.apply(seq, a, b, initial, scan)  # type: ignore[no-untyped-call]
-    return result
-
-
-def stopped(seq: Sequences, before: Tensor, last: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """A scan whose update passes no gradient: only the state before the first token depends on `initial`."""
-    first = (seq.place == 0).view(seq.rows, seq.tokens, 1, 1)
-    empty = (seq.offsets.diff() == 0)[:, None, None]
-    return torch.where(first, seq.spread(initial), before.detach()), torch.where(empty, initial, last.detach())
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -64,18 +64,20 @@ class _Token:
         return total, side.replace(over, "")
 
     def step(self, operands: list[Value]) -> list[Value]:
-        """The reads of the state before the token, and the state after it, from the scan's step as a graph."""
+        """The reads of the state, and the state after the token, from the scan's step as a graph."""
         step = self.form.scan.step
         assert step is not None, "the scan has no step"
         found = {n.id: x for n, x in zip(step.of_kind(N.Input), [*operands, self.load("state", "ij")])}
+        *_, (_, last) = step.outputs
         for node in step.nodes:
             if isinstance(node, N.Map):
                 found[node.id] = self.map(node, found)
+                if node.id == last:
+                    found[last] = (self.b.let("new", found[last][0], self.lines.place(self.form.scan.span)), "ij")
             elif isinstance(node, N.Reduce):
                 over = "i" if set(node.over) & set(self.form.scan.i) else "j"
                 found[node.id] = self.sum(found[node.arg], over)
-        *reads, (new, _) = [found[id_] for _, id_ in step.outputs]
-        return [*reads, (self.b.let("new", new, self.lines.place(self.form.scan.span)), "ij")]
+        return [found[id_] for _, id_ in step.outputs]
 
     def kernel(self, name: str, doc: str, arguments: list[str], sizes: tuple[str, ...] = ()) -> Kernel:
         pointers = tuple(f"{a}_ptr" for a in [*arguments, "state", "next"])
@@ -83,7 +85,7 @@ class _Token:
 
 
 def step_kernel(form: ScanForm, lines: Lines) -> Kernel:
-    """One token of a scan: the reads of the state before the update, and the state after it."""
+    """One token of a scan: its reads, and the state after it."""
     t = _Token(form, free_side(form, []), lines)
     operands = [t.load(o.name, "" if o.thin else o.side) for o in form.operands()]
     *reads, new = t.step(operands)
@@ -140,7 +142,7 @@ def emit_step(form: ScanForm, kernel: Kernel, lines: Lines, w: Writer) -> None:
     names, own = [o.name for o in form.operands()], free_side(form, [])
     typed = ", ".join(f"{n}: Tensor" for n in names)
     with w.indented(f"def {form.name}_step(seq: Sequences, {typed}, state: Tensor) -> tuple[Tensor, ...]:"):
-        w('"""One token of each sequence in one launch: the reads before the update, and the state after it."""')
+        w('"""One token of each sequence in one launch: the reads, and the state after it."""')
         w(f"{', '.join(names)}, state = {', '.join(f'{n}.contiguous()' for n in names)}, state.contiguous()")
         i, j = form.writes[0]
         w(f"H, I, J = {i.name}.shape[2], {i.name}.shape[3], {j.name}.shape[3]")

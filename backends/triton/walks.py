@@ -131,7 +131,7 @@ def vector_scan(
     """h = a * h + b: h before each token, or after it, and the last one. Operands are read as they are stored, and
     the result is given in `dtype`, else in the wider type of theirs."""
     if seq.one_token:
-        return _runtime.vector_scan(seq, a, b, initial, after, dtype)
+        return _elementwise.vector_scan(seq, a, b, initial, after, dtype)
     result: tuple[Tensor, Tensor] = Vector.apply(
         seq, a, b, initial, after, torch.promote_types(a.dtype, b.dtype) if dtype is None else dtype
     )
@@ -141,7 +141,7 @@ def vector_scan(
 def launched(
     seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, reverse: bool, tropical: bool
 ) -> tuple[Tensor, Tensor]:
-    """What `_runtime.max_plus_scan` is made of: the scan, and the sum from the end (`reverse`) that its gradient is."""
+    """For `max_plus_scan` of `_elementwise`: the scan, and the sum from the end (`reverse`) that its gradient is."""
     a, b, initial, out = a.contiguous(), b.contiguous(), initial.contiguous(), torch.empty_like(b)
     walk, totals = (max_plus, max_plus_totals) if tropical else (vector_reverse, vector_totals_reverse)
     _, last = walked(seq, a, b, initial, out, walk, totals, False)
@@ -149,7 +149,7 @@ def launched(
 
 
 def max_plus_scan(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-    return _runtime.max_plus_scan(seq, a, b, initial, launched)
+    return _elementwise.max_plus_scan(seq, a, b, initial, launched)
 '''
 
 
