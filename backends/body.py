@@ -36,7 +36,10 @@ class Body(Loops):
         self.started: set[str] = set()
         self.fields = {f.node: f for f in fields(self.graph) if f.kind != "state" and f.node}
         self.attentions: Mapping[str, list[Tile]] = {}
+        self.wide: dict[str, str] = {}  # inputs that are also kept as they are stored
         self.whole = False  # whether calls start anew: then nothing is kept for the next one
+        self.updates = {n.id: found for n in self.graph.of_kind(N.Scan) if (found := self.update(n)) is not None}
+        self.inside = {id_ for product, state in self.updates.values() for id_ in (product, state)}
 
     def text(self, graph: Graph, id_: str) -> tuple[str, int]:
         """A value's variable, or its expression where it is used once."""
@@ -113,7 +116,7 @@ class Body(Loops):
                 self.w(f"{name} = {self.names[param.id]}.to(ct)")
                 self.names[param.id] = name
         for node in self.graph.nodes:
-            if isinstance(node, N.Input | N.Param):
+            if isinstance(node, N.Input | N.Param) or node.id in self.inside:
                 continue
             if isinstance(node, N.Scan):
                 self.start_state(node.name)
@@ -130,6 +133,23 @@ class Body(Loops):
                 self.graph, node, self.users_in(self.graph)[node.id], kept
             ):
                 self.assign(self.graph, node)
+
+    def stored(self, node: N.Input) -> list[N.Scan]:
+        """The scans that read an input as it is stored: kernels load any type."""
+        users = self.users_in(self.graph)[node.id]
+        return [u for u in users if isinstance(u, N.Scan) and u.id not in self.operations and u.dtype == node.dtype]
+
+    def widen(self, node: N.Input, dtype: str) -> None:
+        """An input in the type of elementwise work, for those who read it so."""
+        name, scans = identifier(node.name), self.stored(node)
+        self.taken.update(identifier(n.name) for n in self.graph.of_kind(N.Input))
+        others = [u for u in self.users_in(self.graph)[node.id] if u.id not in self.inside and u not in scans]
+        outputs = [id_ for _, id_ in self.graph.outputs]
+        if scans and not others and node.id not in outputs:
+            return
+        wide = self.fresh(f"wide_{name}") if scans else name
+        self.w(f"{wide} = {name}.to({dtype})")
+        self.wide[node.id] = wide
 
     def products_only(self, param: N.Param) -> bool:
         """Whether a parameter is the weight of products or a table alone: these are read in its own type."""
@@ -152,7 +172,7 @@ class Body(Loops):
     def bind(self) -> None:
         """Inputs and parameters under their names."""
         for node in self.graph.of_kind(N.Input):
-            self.names[node.id] = identifier(node.name)
+            self.names[node.id] = self.wide.get(node.id, identifier(node.name))
             self.taken.add(identifier(node.name))
         for node in self.graph.of_kind(N.Param):
             self.names[node.id] = f"{self.owner}{self.attribute(node.name)}"
@@ -231,6 +251,25 @@ class Body(Loops):
         home = self.graph.axis[node.axis].space
         return (f"{self.chunks(node.within)}.inner" if node.within else self.seq(home)), home
 
+    def update(self, node: N.Scan) -> tuple[str, str] | None:
+        """Of a scan whose state is read after the update alone, the product and the sum that the update is."""
+        users = self.users_in(self.graph)
+        read = next((u for u in users[node.id] if isinstance(u, N.Out) and u.index == 0), None)
+        if node.i or node.j or node.algebra != "sum-product" or node.stop or node.add is None or read is None:
+            return None
+        outputs, product = [id_ for _, id_ in self.graph.outputs], read.id
+        if node.gates:
+            product = self.only_user(read.id, "*", node.gates[0].arg, outputs)
+        state = self.only_user(product, "+", node.add, outputs) if product else ""
+        return (product, state) if state else None
+
+    def only_user(self, id_: str, fn: str, other: str, outputs: list[str]) -> str:
+        """The one map that reads a value, if it is this function of it and that other one; else nothing."""
+        users = self.users_in(self.graph)[id_]
+        if len(users) != 1 or id_ in outputs or not isinstance(users[0], N.Map) or users[0].fn != fn:
+            return ""
+        return users[0].id if sorted(users[0].args) == sorted((id_, other)) else ""
+
     def vector_scan(self, node: N.Scan, axes: tuple[str, ...], initial: str) -> None:
         seq, home = self.along(node)
         outs, state = self.outs(node), identifier(node.name)
@@ -238,7 +277,8 @@ class Body(Loops):
         gate = self.operand(node.gates[0].arg if node.gates else None, node, axes, home, "1.0")
         add = self.operand(node.add, node, axes, home, "0.0")
         kind = "max_plus_scan" if node.algebra == "max-plus" else "vector_scan"
-        before, last = self.fresh(f"{state}_before"), self.fresh(f"{state}_last")
+        read = self.updates[node.id][1] if node.id in self.updates else outs[0].id if 0 in outs else ""
+        before, last = self.fresh(state if node.id in self.updates else f"{state}_before"), self.fresh(f"{state}_last")
         size = f"1, math.prod(({''.join(a + ', ' for a in axes)}))"
         call = [f"lay({gate}, {full}, 0)", f"lay({add}, {full}, 0)"]
         if node.id in self.operations:
@@ -246,16 +286,24 @@ class Body(Loops):
         else:
             start = f"{initial}.reshape({seq}.count, {size})"  # of no sequence, too
         module = "_torch" if node.dtype == "complex" else "scans"
+        after = f", {node.id in self.updates}, {self.read_type(node, read)}" if kind == "vector_scan" else ""
+        place = f"  # {self.lines.place(self.graph[read].span)}" if node.id in self.updates else ""
         self.w(f"{before}, {last} = {module}.{kind}(")
         self.w(f"    {seq}, {call[0]},")
-        self.w(f"    {call[1]}, {start})")
+        self.w(f"    {call[1]}, {start}{after}){place}")
         if node.stop:
             self.w(f"{before}, {last} = stopped({seq}, {before}, {last}, {start})")
         shape = ", ".join([f"{seq}.rows", f"{seq}.tokens", *axes])
-        if 0 in outs:
+        if read:
             self.w(f"{before} = {before}.reshape({shape})")
-            self.names[outs[0].id] = before
+            self.names[read] = before
         self.scan_out(node, f"{last}.reshape({', '.join([f'{seq}.count', *axes])})", axes, outs.get(1))
+
+    def read_type(self, node: N.Scan, read: str) -> str:
+        """The type in which a scan gives its states: that of results if they are nothing else."""
+        if node.dtype == "complex":
+            return "complex_type(ct)"
+        return "given" if read and not self.users_in(self.graph)[read] and not node.stop else "ct"
 
     def enter(self, node: N.Scan, initial: str, size: str, call: list[str], names: list[str]) -> str:
         """The variable with the state that each sequence starts from, or with a plan each segment of one. What the
@@ -275,7 +323,11 @@ class Body(Loops):
         dtype = "complex_type(ct)" if node.dtype == "complex" else "ct"
         if id_ is None:
             return f"torch.full((), {idle}, dtype={dtype}, device=device)"
+        kept, given = self.names, self.graph[id_]
+        if isinstance(given, N.Input) and node in self.stored(given):
+            self.names = {**kept, id_: identifier(given.name)}
         text, _ = self.aligned(self.graph, id_, (node.axis, *axes), home)
+        self.names = kept
         if isinstance(self.graph[id_], N.Const):
             return f"torch.full((), {text}, dtype={dtype}, device=device)"
         wanted: DType = node.dtype if node.dtype == "complex" else "float"

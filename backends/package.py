@@ -40,7 +40,7 @@ def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[st
         "__init__.py": head + "\n" + _modules(units, names, lines, settings, tiles),
         "_torch.py": head + "\n" + _torch(units, lines, tiles),
         "_kernels.py": head + "\n" + emit_kernels(units, lines, tiles),
-        **{f"_{name}.py": _copied(name) for name in ("checks", "functions", "runtime")},
+        **{f"_{name}.py": _copied(name) for name in ("checks", "elementwise", "functions", "runtime")},
         **({"_chunks.py": _copied("chunks")} if any(u.graph.of_kind(N.Segment) for u in units) else {}),
         **({"_attend.py": _copied("attend")} if any(u.graph.of_kind(N.Attend) for u in units) else {}),
         **_shared(units, lines, head),
@@ -93,7 +93,8 @@ def _torch(units: tuple[Unit, ...], lines: Lines, tiles: Tiles) -> str:
         w(f"from ._attend import {', '.join(helpers)}")
     if helpers := [n for n in FUNCTIONS if n in words]:
         w(f"from ._functions import {', '.join(helpers)}")
-    used = ["max_plus_scan", "vector_scan", *(n for n in RUNTIME_NAMES if n in words)]
+    w("from ._elementwise import max_plus_scan, vector_scan")
+    used = [n for n in RUNTIME_NAMES if n in words]
     if forms:
         used += [
             "LOG_SMALL",
@@ -108,7 +109,8 @@ def _torch(units: tuple[Unit, ...], lines: Lines, tiles: Tiles) -> str:
             "uncast",
             "upto",
         ]
-    w(f"from ._runtime import {', '.join(sorted(used))}")
+    if used:
+        w(f"from ._runtime import {', '.join(sorted(used))}")
     w()
     names = [f"{scan_form(s, _axes(u.graph), prefix_of(u, units)).name}_scan" for u, s in forms]
     listed = sorted(["max_plus_scan", "vector_scan", *names])
@@ -148,7 +150,8 @@ FUNCTIONS = (
     "scatter", "softmax", "take",
 )  # fmt: skip
 RUNTIME_NAMES = (
-    "Sequences", "Weights", "axis_size", "complex_type", "compute_dtype", "exact", "lay", "stopped", "use_kernels",
+    "Sequences", "Weights", "axis_size", "complex_type", "compute_dtype", "exact", "lay", "overwrite",
+    "tracked", "use_kernels",
 )  # fmt: skip
 
 
@@ -185,7 +188,7 @@ def _modules(units: tuple[Unit, ...], given: list[dict[str, str]], lines: Lines,
         w("from ._chunks import Chunks")
     if any(u.parallel is not None for u in units):
         w("from ._plan import Plan")
-    for module, names in (("_functions", FUNCTIONS), ("_runtime", RUNTIME_NAMES)):
+    for module, names in (("_elementwise", ("stopped",)), ("_functions", FUNCTIONS), ("_runtime", RUNTIME_NAMES)):
         if found := [name for name in names if name in used]:
             w(f"from .{module} import (")
             for name in found:

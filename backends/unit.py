@@ -11,25 +11,12 @@ from chunkc.backends.body import Body, param_name
 from chunkc.backends.expressions import next_name, state_name
 from chunkc.backends.layout import EACH, NOWHERE, sequence_names
 from chunkc.backends.operations import is_sharded
-from chunkc.backends.scan import as_stored
 from chunkc.backends.states import WHAT, StateField, fields, positioned, states, whole_reason
-from chunkc.backends.writer import Lines, Writer, identifier, public, quoted
+from chunkc.backends.token import TokenForm, token_form
+from chunkc.backends.writer import RESERVED, Lines, Writer, identifier, public, quoted
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Number, Size
 from chunkc.ir.graph import Parameter, Unit
-
-# Attributes that a layer has itself, those of torch.nn.Module among them.
-_RESERVED = """
-T_destination add_module apply bfloat16 buffers call_super_init children compile cpu cuda double dump_patches eval
-extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half init_state ipu load_state_dict
-modules mtia named_buffers named_children named_modules named_parameters parameters register_backward_hook
-register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook
-register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module
-register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ reset_parameters
-set_extra_state set_submodule share_memory state_dict step to to_empty train training type xpu zero_grad
-"""
-RESERVED = frozenset(_RESERVED.split())
-
 
 DTYPES = {"float": "given", "int": "torch.int64", "bool": "torch.bool"}
 
@@ -57,6 +44,10 @@ class UnitEmitter:
         self.sizes = [a for a in self.graph.axes if a.kind == "size" and a.size is not None]
         self.outputs = self.graph.outputs
         self.keyword = ["plan: Plan | None = None"] if unit.parallel is not None else []
+        # a cache grows, and with a plan a state is that of a segment: neither can be written over
+        fixed = bool(self.fields) and not self.whole and unit.parallel is None
+        self.in_place = fixed and all(f.kind != "cache" for f in self.fields)
+        self.token = token_form(unit, prefix) if self.in_place else None
 
     def emit(self) -> None:
         if self.fields:
@@ -274,13 +265,15 @@ class UnitEmitter:
         args = [f"{public(n.name)}: Tensor" for n in self.inputs]
         extra = [f"state: {self.name}State | None = None"] if self.fields else []
         offsets = [f"{name}: Tensor | None = None" for name in self.offsets()]
-        extra += ["*", *offsets, *self.keyword, "check: bool = False"]
+        in_place = ["in_place: bool = False"] if self.in_place else []
+        extra += ["*", *offsets, *self.keyword, *in_place, "check: bool = False"]
         outs = ["Tensor"] * len(self.outputs)
         result = outs[0] if len(outs) == 1 else f"tuple[{', '.join(outs)}]"
         if self.fields:
             result += f" | tuple[{', '.join([*outs, self.name + 'State'])}]"
         with w.indented(f"def forward({', '.join(['self', *args, *extra])}) -> {result}:"):
-            w('"""Run over whole sequences; with `state`, resume from it and give the new one too."""')
+            over = "; `in_place` writes it over the one given" if self.in_place else ""
+            w(f'"""Run over whole sequences; with `state`, resume from it and give the new one too{over}."""')
             self.rebind(self.inputs)
             self.unpack()
             self.checks()
@@ -293,7 +286,11 @@ class UnitEmitter:
                 with w.indented("if state is not None:"):
                     length = "_lengths" if self.unit.parallel is not None else "seq.offsets.diff()"
                     new = ", ".join([*(self.after(f) for f in self.fields), f"state.position + {length}"])
-                    w(f"return {', '.join(names)}, {self.name}State({new})")
+                    made = f"{self.name}State({new})"
+                    if self.in_place:
+                        w(f"new = {made}")
+                        made = "overwrite(state, new) if in_place else new"
+                    w(f"return {', '.join(names)}, {made}")
             w(f"return {', '.join(names)}")
 
     def after(self, f: StateField) -> str:
@@ -344,17 +341,32 @@ class UnitEmitter:
         if self.whole and self.unit.kind == "layer":  # it starts anew at each call
             for f in states(self.graph):
                 w(f"state_{identifier(f.name)} = None")
+        if any(isinstance(n, N.Scan) and (n.i or n.j) for n in self.graph.nodes) and self.in_place:
+            w(f"{sequence_names(self.graph)[self.spaces[0]]}.in_place = in_place")
         if any(isinstance(n, N.Scan | N.Attend) for n in self.graph.nodes):
             w(f"scans = _scans({first})")
-        for n in self.inputs:
-            if n.dtype in ("float", "complex") and n.id not in as_stored(self.unit):
-                dtype = "ct" if n.dtype == "float" else "complex_type(ct)"
-                w(f"{identifier(n.name)} = {identifier(n.name)}.to({dtype})")
+        if self.token is not None:
+            self.one_token(self.token, first)
         self.printer = Body(self.unit, self.lines, w, owner, self.prefix)
+        for n in self.inputs:
+            if n.dtype in ("float", "complex"):
+                self.printer.widen(n, "ct" if n.dtype == "float" else "complex_type(ct)")
         self.printer.attentions = self.attentions
         self.printer.attribute = self.attribute if owner else param_name
         self.printer.whole = bool(self.whole)
         self.printer.emit()
+
+    def one_token(self, token: TokenForm, first: str) -> None:
+        """An op's one token in one kernel, where autograd does not follow it."""
+        w, field = self.w, self.fields[0]
+        given = ", ".join([*(identifier(n.name) for n in token.inputs()), state_name(field.name)])
+        alone = f"{sequence_names(self.graph)[self.spaces[0]]}.one_token and use_kernels({first})"
+        with w.indented(f"if {state_name(field.name)} is not None and {alone} and not tracked({given}):"):
+            *results, new = [*(f"out_{k}" for k in range(len(self.outputs))), next_name(field.name)]
+            numbers = "".join(f", {text}" for text in token.numbers.values())
+            seq = sequence_names(self.graph)[self.spaces[0]]
+            w(f"{', '.join([*results, new])} = scans.{token.form.name}_call({seq}, {given}{numbers})")
+            w(f"return {', '.join(results)}, {new} if output_final_state else None")
 
     def offsets(self) -> list[str]:
         """The arguments that pack sequences: `cu_seqlens`, a further sequence's with its name."""
@@ -426,6 +438,9 @@ class UnitEmitter:
         if not self.fields:
             return
         given = "state" if self.unit.kind == "layer" else "initial_state"
+        if self.in_place:
+            with w.indented(f"if in_place and {given} is None:"):
+                w(f'raise ValueError("{who}: in_place wants {given}, whose tensors are written over")')
         with w.indented(f"if {given} is not None:"):
             if self.whole:
                 w(f'raise ValueError("{who} runs over whole sequences: {self.whole}")')
@@ -474,11 +489,13 @@ class UnitEmitter:
         args = [public(n.name) for n in self.inputs]
         typed = ", ".join(f"{a}: Tensor" for a in args)
         outs = ", ".join(["Tensor"] * len(self.outputs))
-        with w.indented(f"def step(self, {typed}, state: {self.name}State) -> tuple[{outs}, {self.name}State]:"):
+        given = f"state: {self.name}State{', *, in_place: bool = False' if self.in_place else ''}"
+        with w.indented(f"def step(self, {typed}, {given}) -> tuple[{outs}, {self.name}State]:"):
             w('"""One token of each sequence: inputs and outputs without the T dimension."""')
             call = ", ".join(f"{a}[:, None]" for a in args)
             names = [f"out_{k}" for k in range(len(self.outputs))]
-            w(f"{', '.join(names)}, new = self.forward({call}, state=state)")
+            in_place = ", in_place=in_place" if self.in_place else ""
+            w(f"{', '.join(names)}, new = self.forward({call}, state=state{in_place})")
             timed = [any(self.graph.axis[a].kind != "size" for a in self.graph[i].axes) for _, i in self.outputs]
             taken = [f"{n}[:, 0]" if t else n for n, t in zip(names, timed)]
             w(f"return {', '.join(taken)}, new")
@@ -510,7 +527,7 @@ class UnitEmitter:
         if self.fields:
             keywords += [f"initial_state: {state} | None = None", "output_final_state: bool = False"]
         keywords += [f"{name}: Tensor | None = None" for name in self.offsets()]
-        keywords += [*self.keyword, "check: bool = False"]
+        keywords += [*self.keyword, *(["in_place: bool = False"] if self.in_place else []), "check: bool = False"]
         outs = ["Tensor"] * len(self.outputs)
         final = [f"{state} | None"] if self.fields else []
         result = f"tuple[{', '.join([*outs, *final])}]" if len(outs) + len(final) > 1 else "Tensor"
@@ -519,6 +536,8 @@ class UnitEmitter:
             w()
             self.interface_doc()
             w("A packed batch has B = 1 and cu_seqlens [N + 1]; states are [N, ...].")
+            if self.in_place:
+                w("With in_place the final state is written over the initial one.")
             w('"""')
             self.rebind([*self.inputs, *self.weights], self.params)
             for name, text in inferred.items():
@@ -547,6 +566,12 @@ class UnitEmitter:
             )
             finals.append(f"{length} if {start} is None else {start} + {length}")
         made = finals[0] if len(finals) == 1 else f"{state}({', '.join(finals)})"
+        if self.in_place:
+            w(f"final = {made}")
+            with w.indented("if in_place:"):
+                w("overwrite(initial_state, final)")
+                w("final = initial_state")
+            made = "final"
         w(f"return {', '.join(names)}, {made} if output_final_state else None")
 
     def inferred(self) -> dict[str, str]:

@@ -68,7 +68,7 @@ range Sequences Weights axis_size check_offsets check_packing check_state check_
 exact inv_softplus l2_norm lay layer_norm linear rms_norm softmax stopped use_kernels length row_of complex_type
 Places Source attend larger scatter wide at at_rows d_logit d_value queries along_valid over_valid take check_position
 Chunks operands BQ BR DOT PRECISION masked os once uncast states Any index any tl triton masked_sum vector
-vector_reverse max_plus before after upto onward halves levels log_gate ValueError
+vector_reverse max_plus in_place overwrite tracked final before after upto onward halves levels log_gate ValueError
 """
 MODULE_NAMES = frozenset(_MODULE_NAMES.split())
 
@@ -92,6 +92,19 @@ def identifier(name: str) -> str:
     return clean + "_" if reserved else clean
 
 
+# Attributes that a layer has itself, those of torch.nn.Module among them.
+_RESERVED = """
+T_destination add_module apply bfloat16 buffers call_super_init children compile cpu cuda double dump_patches eval
+extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half init_state ipu load_state_dict
+modules mtia named_buffers named_children named_modules named_parameters parameters register_backward_hook
+register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook
+register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module
+register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ reset_parameters
+set_extra_state set_submodule share_memory state_dict step to to_empty train training type xpu zero_grad
+"""
+RESERVED = frozenset(_RESERVED.split())
+
+
 # What every emitted signature has beside the spec's names.
 SIGNATURE = frozenset(
     (
@@ -102,6 +115,7 @@ SIGNATURE = frozenset(
         "batch",
         "check",
         "cu_seqlens",
+        "in_place",
         "initial_state",
         "output_final_state",
         "position",

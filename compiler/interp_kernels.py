@@ -30,7 +30,7 @@ INFIX: dict[str, Callable[[Any, Any], Any]] = {
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "tl.exp": torch.exp, "tl.log": torch.log, "tl.sqrt": torch.sqrt, "tl.abs": torch.abs, "tl.floor": torch.floor,
     "tl.sigmoid": torch.sigmoid, "tl.sin": torch.sin, "tl.cos": torch.cos, "tl.erf": torch.erf, "tl.trans": torch.t,
-    "tl.dot": torch.matmul,
+    "tl.dot": torch.matmul, "product": lambda x: x.prod(0),
 }  # fmt: skip
 
 
@@ -171,8 +171,10 @@ class Launch:
                 return torch.where(args[0], args[1], args[2])
             extreme = torch.maximum if e.op == "tl.maximum" else torch.minimum
             return extreme(args[0], args[1].to(args[0].dtype))
-        if e.op == "tl.gather":
-            return torch.gather(args[0], args[2], args[1])
+        if e.op == "tl.max_contiguous":
+            return args[0]
+        if e.op in ("walk", "walk_max"):
+            return walk(args[0], args[1], args[2], e.op == "walk_max")
         if e.op == "masked_sum":
             return args[0].to(self.dtype) @ args[1]
         if e.op in PLACES:
@@ -180,3 +182,12 @@ class Launch:
         if e.op == "neg":
             return -args[0]
         return FUNCTIONS[e.op](*(torch.as_tensor(a) for a in args))
+
+
+def walk(a: Tensor, b: Tensor, state: Tensor, tropical: bool) -> Tensor:
+    """h = a * h + b or h = max(a + h, b), h after each row."""
+    rows = []
+    for decay, added in zip(a, b):
+        state = torch.maximum(decay + state, added) if tropical else decay * state + added
+        rows.append(state)
+    return torch.stack(rows)

@@ -24,13 +24,14 @@ TARGETS = {
 def sources(kernels: ModuleType) -> dict[str, Any]:
     """The jitted functions of a kernels module by name."""
     found = {n: f for n, f in vars(kernels).items() if isinstance(f, triton.runtime.jit.JITFunction)}
-    return {n: f for n, f in found.items() if n != "masked_sum"}
+    helpers = {"masked_sum", "join", "join_max", "walk", "walk_max", "times", "product"}
+    return {n: f for n, f in found.items() if n not in helpers}
 
 
 def compile_kernel(kernel: Any, target: str, warps: int, size: int = 128, **blocks: int) -> Any:
     """The compiled kernel for bfloat16 operands and I = J = `size`."""
     known = {
-        "H": 4, "I": size, "J": size, "D": size, "C": 64, "LEVELS": 6, "BI": 64, "BJ": 64, "BD": 32,
+        "H": 4, "I": size, "J": size, "D": size, "C": 64, "LEVELS": 6, "BI": 64, "BJ": 64, "BD": 64, "AFTER": 1,
         "DOT": tl.bfloat16, "PRECISION": "ieee", "SPLIT": True, **blocks,
     }  # fmt: skip
     signature, constants = {}, {}
@@ -38,7 +39,7 @@ def compile_kernel(kernel: Any, target: str, warps: int, size: int = 128, **bloc
         if name in known:
             signature[name], constants[name] = "constexpr", known[name]
         else:
-            integer = name.startswith(("tile_", "first_tile"))
+            integer = name.startswith(("tile_", "first_tile", "bounds"))
             signature[name] = "*i64" if integer else "*fp32"
     attrs = {(k,): [["tt.divisibility", 16]] for k, n in enumerate(kernel.arg_names) if n not in known}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)

@@ -21,7 +21,7 @@ TARGETS = ("chunkc.backends.triton", "chunkc.backends.torch", "chunkc.backends.d
 JOINS_TARGETS = {"chunkc.backends.package"}
 # What is copied into packages beside PyTorch's run time stands on it.
 ON_RUN_TIME = {"chunkc.backends.dist.segments", "chunkc.backends.dist.ring"}
-RUN_TIME = ("chunkc.backends.torch.runtime", "chunkc.backends.torch.attend")
+RUN_TIME = tuple(f"chunkc.backends.torch.{name}" for name in ("runtime", "elementwise", "attend"))
 HEAVY = {"torch", "triton"}
 
 

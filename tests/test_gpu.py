@@ -186,6 +186,30 @@ def test_cuda_graphs(name):  # type: ignore[no-untyped-def]
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", ["gated_linear_attention", "hgrn", "mamba2"])
+def test_steps_in_cuda_graphs(name):  # type: ignore[no-untyped-def]
+    """A token is captured with the state in place, and played again: the state goes on."""
+    made, x = on_gpu(name)
+    tokens, state = x.detach()[:, :8].contiguous(), made.init_state(len(x))
+    token = tokens[:, 0].clone()
+    with torch.no_grad():
+        wanted, _ = made(tokens, made.init_state(len(x)))
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            made.step(token, made.init_state(len(x)), in_place=True)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, _ = made.step(token, state, in_place=True)
+        found = []
+        for t in range(8):
+            token.copy_(tokens[:, t])
+            graph.replay()
+            found.append(y.clone())
+    assert state.position.tolist() == [8] * len(x)
+    torch.testing.assert_close(torch.stack(found, 1), wanted, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["gated_linear_attention", "causal_attention"])
 def test_bench(name, tmp_path):  # type: ignore[no-untyped-def]
     """Processes and all, at small sizes: chunkc's rows, and PyTorch's attention, are right and timed."""

@@ -18,6 +18,7 @@ from test_structure import CHUNKED, KERNELS, PASSED, VECTOR, at, scans
 from torch import Tensor
 
 from chunkc.backends.scan import ScanForm
+from chunkc.backends.token import free_side
 from chunkc.backends.triton.emit import launches
 from chunkc.backends.triton.kernel import If, Kernel, Let, Loop, Statement, Store
 from chunkc.backends.triton.text import parse_expr, parse_kernels
@@ -207,8 +208,10 @@ class Launches:
         rows = self.table["tile_start_ptr"].numel() if launch.rows == "tiles" else len(self.batch.lengths)
         blocks = [-(-self.sizes[s.upper()] // block) for s in launch.blocks]
         grid = (rows * math.prod(blocks) * self.sizes["H"],) if blocks else (rows, self.sizes["H"])
-        if launch.role == "token":
-            constants |= {"BI": 32}
+        if launch.role == "token":  # a block of the side that no sum is over, all of the others
+            own = free_side(self.scan.form, [])
+            constants |= {f"B{s.upper()}": 64 for s in "ij" if s != own}
+            grid = (*grid, -(-self.sizes[own.upper()] // block) if own else 1)
         Launch(kernel, grid, memory, constants).run()
 
 
@@ -349,26 +352,86 @@ def test_one_token_means_the_step(name: str) -> None:
                 assert close(run.memory[n][k], found[r].reshape(run.memory[n][k].shape)), n
 
 
-@pytest.mark.parametrize("name", VECTOR)
-def test_elementwise_kernels_mean_their_recurrence(name: str) -> None:
-    """Channels in blocks of 4, of 6; h before each token, or after it from the last one to the first."""
-    torch.manual_seed(0)
-    total, size = sum(LENGTHS), 6
-    a, b = torch.rand(2, total, size, dtype=torch.float64)
-    initial = torch.randn(len(LENGTHS), size, dtype=torch.float64)
-    out, last = torch.full_like(a, float("nan")), torch.full_like(initial, float("nan"))
-    memory = {n: x.view(-1) for n, x in zip(VECTOR[name].arguments, (a, b, initial, out, last))} | Batch(
-        LENGTHS
-    ).table()
-    Launch(VECTOR[name], (len(LENGTHS), 2), memory, {"D": size, "C": C, "LEVELS": 3, "BD": 4}).run()
-    start = 0
-    for k, length in enumerate(LENGTHS):
-        state, order = initial[k], range(start, start + length)
-        for t in reversed(order) if name == "vector_reverse" else order:
-            assert close(out[t], state)
-            state = torch.maximum(a[t] + state, b[t]) if name == "max_plus" else a[t] * state + b[t]
-        assert close(last[k], state)
-        start += length
+class Walk:
+    """Runs kernels of elementwise scans over ragged sequences: channels in blocks of 4, of 6."""
+
+    def __init__(self, after: int) -> None:
+        torch.manual_seed(0)
+        self.after, self.size, total = after, 6, sum(LENGTHS)
+        self.ends = torch.tensor([0, *LENGTHS]).cumsum(0)
+        a, b, g = torch.rand(3, total, self.size, dtype=torch.float64)
+        initial, d_last = torch.randn(2, len(LENGTHS), self.size, dtype=torch.float64)
+        self.given = {"a": a, "b": b, "g": g, "initial": initial, "d_last": d_last}
+
+    def run(self, name: str, **given: Tensor) -> dict[str, Tensor]:
+        """Memory by name after a launch; what nobody writes is NaN."""
+        kernel, given = VECTOR[name], {"bounds": self.ends, **self.given, **given}
+        names = [x.removesuffix("_ptr") for x in kernel.arguments]
+        rows = given["bounds"].numel() - 1
+        states = ("last", "decay", "total", "d_initial")
+        shapes = {n: (rows if n in states else sum(LENGTHS), self.size) for n in names}
+        memory = {n: given[n] if n in given else torch.full(shapes[n], float("nan")).double() for n in names}
+        constants = {"D": self.size, "C": C, "BD": 4, "AFTER": self.after}
+        Launch(kernel, (rows, 2), {f"{n}_ptr": x.view(-1) for n, x in memory.items()}, constants).run()
+        return memory
+
+    def loop(self, a: Tensor, b: Tensor, initial: Tensor, tropical: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """h before and after each token, and the last ones, a token at a time."""
+        before, after, last = [], [], []
+        for k, start in enumerate(self.ends[:-1].tolist()):
+            state = initial[k]
+            for t in range(start, start + LENGTHS[k]):
+                before.append(state)
+                state = torch.maximum(a[t] + state, b[t]) if tropical else a[t] * state + b[t]
+                after.append(state)
+            last.append(state)
+        return torch.stack(before), torch.stack(after), torch.stack(last)
+
+
+each_form = pytest.mark.parametrize("after", [0, 1], ids=["before", "after"])
+
+
+@each_form
+@pytest.mark.parametrize("name", ["vector", "vector_reverse", "max_plus"])
+def test_elementwise_kernels_mean_their_recurrence(name: str, after: int) -> None:
+    w = Walk(after)
+    found = w.run(name)
+    a, b, initial = (w.given[n] for n in ("a", "b", "initial"))
+    order = torch.arange(len(a))
+    if name == "vector_reverse":  # each sequence turned around
+        ends = w.ends.tolist()
+        order = torch.cat([torch.arange(s, e).flip(0) for s, e in zip(ends, ends[1:])])
+    *out, last = w.loop(a[order], b[order], initial, name == "max_plus")
+    assert close(found["out"][order], out[after])
+    assert close(found["last"], last)
+
+
+@each_form
+def test_the_gradient_of_an_elementwise_scan(after: int) -> None:
+    w = Walk(after)
+    leaves = [w.given[n].clone().requires_grad_() for n in ("a", "b", "initial")]
+    *out, last = w.loop(*leaves)
+    ((out[after] * w.given["g"]).sum() + (last * w.given["d_last"]).sum()).backward()
+    found = w.run("vector_backward", h=out[after].detach())
+    for name, x in zip(("d_a", "d_b", "d_initial"), leaves):
+        assert x.grad is not None
+        assert close(found[name], x.grad), name
+
+
+@each_form
+@pytest.mark.parametrize("name", ["vector_totals", "vector_totals_reverse", "max_plus_totals"])
+def test_what_a_segment_does_to_the_state_before_it(name: str, after: int) -> None:
+    """The last states of a walk are those of its totals."""
+    w = Walk(after)
+    found = w.run(name)
+    start = w.given["d_last"] if name.endswith("reverse") else w.given["initial"]
+    if name == "max_plus_totals":
+        assert close(torch.maximum(found["decay"] + start, found["total"]), w.run("max_plus")["last"])
+        return
+    last = (
+        w.run("vector_backward", h=w.given["b"])["d_initial"] if name.endswith("reverse") else w.run("vector")["last"]
+    )
+    assert close(found["decay"] * start + found["total"], last)
 
 
 def test_reads_beyond_memory_are_errors() -> None:

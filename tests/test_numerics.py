@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from types import ModuleType
@@ -186,6 +187,19 @@ def test_interpreted_kernels(built: Any, name: str) -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1"
     module, unit = built(name)
     case = Case(SETTINGS, [70, 0, 1], packed=True, resume=True, values=gates(unit, cases.mixed))
+    check(errors(module, unit, case), allowed(name, torch.float32))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["vector", "max_plus", "mingru", "linear_attention"])
+@pytest.mark.parametrize("lengths, packed", [([150, 0, 1, 96], True), ([150, 150], False)], ids=["packed", "dense"])
+def test_interpreted_segments(
+    built: Any, monkeypatch: pytest.MonkeyPatch, name: str, lengths: list[int], packed: bool
+) -> None:
+    """Sequences of few channels are cut into segments; here of 48 tokens, which are no whole tiles."""
+    module, unit = built(name)
+    monkeypatch.setattr(importlib.import_module(f"{module.__name__}._kernels"), "SEGMENT", 48)
+    case = Case(SETTINGS, lengths, packed=packed, resume=True, values=gates(unit, cases.mixed))
     check(errors(module, unit, case), allowed(name, torch.float32))
 
 

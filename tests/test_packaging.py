@@ -110,7 +110,7 @@ def test_constraints_are_within_what_pyproject_asks_for() -> None:
         assert wanted.specifier.contains(exact.version), f"{pin} is not within {wanted}"
 
 
-COPIED = ("attend", "checks", "chunks", "functions", "runtime")
+COPIED = ("attend", "checks", "chunks", "elementwise", "functions", "runtime")
 
 
 def test_runtime_modules_import_only_torch_triton_and_the_standard_library() -> None:

@@ -20,7 +20,7 @@ from shipped import RECURRENCES
 from chunkc.backends.scan import ScanForm, scan_form
 from chunkc.backends.triton.emit import kernels_of, launches, spans_of
 from chunkc.backends.triton.kernel import Expr, Kernel, Let, Loop, Store, call, where
-from chunkc.backends.triton.vector import vector_kernel
+from chunkc.backends.triton.vector import vector_kernels
 from chunkc.backends.writer import Lines, Writer
 from chunkc.driver import compile_source
 from chunkc.ir import nodes as N
@@ -28,9 +28,8 @@ from chunkc.ir.diagnostics import SourceFile
 
 SHIPPED = RECURRENCES
 TEXTS = {**SHIPPED, **cases.OPS}
-VECTOR = {
-    k.name: k for k in (vector_kernel(False, False), vector_kernel(True, False), vector_kernel(False, True))
-}  # fmt: skip
+VECTOR = {k.name: k for k in vector_kernels()}
+WALKED = (("C", 32),)  # tokens of their tiles, as `_kernels.py` has it
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,8 @@ def test_the_specs_with_a_chunk_form() -> None:
 # -- loops and launches ------------------------------------------------------------------------------------------------
 
 STOPS = {
-    "tiles": {"count"},
+    "tiles": {"count", "tiles - whole"},
+    "whole tiles": {"whole"},
     "levels": {"LEVELS", "levels", "upper_levels"},
     "blocks of side i": {"tl.cdiv(I, BI)", "parts_i"},
     "blocks of side j": {"tl.cdiv(J, BJ)", "parts_j"},
@@ -102,14 +102,14 @@ def test_loops(name: str, index: int, role: str) -> None:
     if role in ("states", "ends"):
         check_loops(kernel, {"tiles"})
     elif role == "token":
-        check_loops(kernel, {"blocks of side j"})
+        check_loops(kernel, set())
     else:
         check_loops(kernel, {"levels", "blocks of side j" if role.endswith("_i") else "blocks of side i"})
 
 
 @pytest.mark.parametrize("name", VECTOR)
 def test_loops_of_elementwise_scans(name: str) -> None:
-    check_loops(VECTOR[name], {"tiles", "levels"})
+    check_loops(VECTOR[name], {"tiles", "whole tiles"})
 
 
 @pytest.mark.parametrize("name", CHUNKED)
@@ -372,7 +372,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 ORDER = ["gated_linear_attention", "mlstm"]
 ALL_SHIPPED = [(n, s) for n, found in unique([*ORDER, *(n for n in SHIPPED if n not in ORDER)]).items() for s in found]
-TWO = [(n, s) for n, found in unique(ORDER).items() for s in found] + [("mlstm", Source(k, 4)) for k in VECTOR]
+TWO = [(n, s) for n, found in unique(ORDER).items() for s in found]
+TWO += [("mlstm", Source(name, kernel.warps, WALKED)) for name, kernel in VECTOR.items()]
 
 
 def test_equal_kernels_are_compiled_once() -> None:
@@ -388,9 +389,18 @@ def test_nothing_spills_on_hopper(name: str, source: Source, folder: Path) -> No
     assert used["shared"] <= 227 * 1024, used
 
 
+@pytest.mark.parametrize("tile", [16, 32])
 @pytest.mark.parametrize("name", VECTOR)
-def test_elementwise_scans_do_not_spill_on_hopper(name: str, folder: Path) -> None:
-    assert usage(compiled("mlstm", Source(name, 4), "sm_90", folder))["stack"] == 0
+def test_elementwise_scans_do_not_spill_on_hopper(name: str, tile: int, folder: Path) -> None:
+    assert usage(compiled("mlstm", Source(name, VECTOR[name].warps, (("C", tile),)), "sm_90", folder))["stack"] == 0
+
+
+@pytest.mark.parametrize("name", VECTOR)
+def test_elementwise_scans_prefetch_and_walk_within_a_thread(name: str, folder: Path) -> None:
+    """What is next comes by asynchronous copies, and a thread has all rows of a tile: that is where the speed is."""
+    made = compiled("mlstm", Source(name, VECTOR[name].warps, WALKED), "sm_90", folder).asm["ttgir"]
+    assert "ttg.async_copy_global_to_local" in made
+    assert "sizePerThread = [1, 2], threadsPerWarp = [1, 32], warpsPerCTA = [1, 1]" in made
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if t != "sm_90"])

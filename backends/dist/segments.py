@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from chunkc.backends.dist.ranks import Ranks, gathered
-from chunkc.backends.torch.runtime import Sequences, vector_scan
+from chunkc.backends.torch.elementwise import vector_scan
+from chunkc.backends.torch.runtime import Sequences
 
 
 def pieces(rank: int, ranks: int, layout: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""What an emitted package needs beside its own text: sequences in tiles, elementwise scans, norms.
+"""What an emitted package needs beside its own text: sequences in tiles, and what scans and attentions share.
 
 Copied into each package as `_runtime.py`; it imports torch alone. Shapes: B batch rows, T tokens a row, N sequences
 (N = B in a dense batch; a packed batch has B = 1), n tiles of C = 64 tokens, H heads (all batch axes together).
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from chunkc.backends.torch.functions import take
 
@@ -78,11 +79,16 @@ class Sequences:
         device = like.device
         self.packed = cu_seqlens is not None
         self.count = rows if cu_seqlens is None else cu_seqlens.numel() - 1
-        if cu_seqlens is None:
-            self.offsets = torch.arange(rows + 1, device=device) * tokens
-        else:
-            self.offsets = cu_seqlens.to(device=device, dtype=torch.int64)
+        self.in_place = False  # whether one token's state is written over the one before
         self._cache: dict[str, Any] = {}
+        if cu_seqlens is not None:
+            self._cache["offsets"] = cu_seqlens.to(device=device, dtype=torch.int64)
+
+    @property
+    def offsets(self) -> Tensor:
+        """Between which tokens the sequences lie [N + 1]; one token of each does not need to know."""
+        made: Tensor = self._once("offsets", lambda: torch.arange(self.rows + 1, device=self.device) * self.tokens)
+        return made
 
     @property
     def one_token(self) -> bool:
@@ -150,28 +156,44 @@ class Sequences:
         result: tuple[Tensor, Tensor, Tensor, Tensor] = self._once("tiling", make)
         return result
 
-    def tile_table(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def tile_table(self, size: int = TILE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For kernels: each tile's first token and its sequence's end, each sequence's first tile and tile count.
 
         There are as many tiles as the shapes allow, so that no value is read; those beyond the last are empty."""
 
         def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            counts = (self.offsets.diff() + TILE - 1) // TILE
+            counts = (self.offsets.diff() + size - 1) // size
             ends = counts.cumsum(0)
             tokens = self.rows * self.tokens
-            most = -(-self.most // TILE) * self.count
-            most = min(most, tokens // TILE + min(self.count, tokens)) if self.packed else most
+            most = -(-self.most // size) * self.count
+            most = min(most, tokens // size + min(self.count, tokens)) if self.packed else most
             tiles = torch.arange(most, device=self.device)
             owner = torch.searchsorted(ends, tiles, right=True)
             known = owner.clamp(max=self.count - 1)
-            start = self.offsets[known] + (tiles - (ends - counts)[known]) * TILE
+            start = self.offsets[known] + (tiles - (ends - counts)[known]) * size
             stop = torch.where(owner < self.count, self.offsets[known + 1], start)
             return start, stop, ends - counts, counts
 
         empty = torch.zeros(0, dtype=torch.int64, device=self.device)
         result: tuple[Tensor, Tensor, Tensor, Tensor] = self._once(
-            "table", make if self.count else lambda: (empty, empty, empty, empty)
+            f"table {size}", make if self.count else lambda: (empty, empty, empty, empty)
         )
+        return result
+
+    def segments(self, size: int) -> tuple[Tensor, Tensor]:
+        """Sequences cut at so many tokens: where segments start and end [n + 1], in tokens, and sequences [N + 1], in
+        segments. Those beyond the last are empty."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            end = self.offsets[-1:]
+            if not self.packed:
+                each = torch.arange(-(-self.tokens // size), device=self.device)
+                start = (self.offsets[:-1, None] + each * size).flatten()
+                return torch.cat([start, end]), torch.arange(self.rows + 1, device=self.device) * len(each)
+            start, _, _, count = self.tile_table(size)
+            return torch.cat([torch.minimum(start, end), end]), F.pad(count.cumsum(0), (1, 0))
+
+        result: tuple[Tensor, Tensor] = self._once(f"segments {size}", make)
         return result
 
     def places(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int, int]:
@@ -409,45 +431,6 @@ def log_gate(gate: Tensor, least: float = LOG_ZERO) -> Tensor:
     return torch.where(gate > 0, gate, 1.0).log().masked_fill(gate <= 0, least).clamp(min=least)
 
 
-# -- scans without a product: h = a * h + b, and h = max(a + h, b) -----------------------------------------------------
-
-
-def tile_scan(
-    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, reverse: bool, tropical: bool
-) -> tuple[Tensor, Tensor]:
-    """The state before each token (for `reverse`: after it, from the end) and the last one."""
-    a, b = seq.tile(a), seq.tile(b)  # [n, H, C, D]; a token beyond the end must leave the state alone
-    _, inside, _, _ = seq._tiling()
-    beyond = ~inside[:, None, :, None]
-    a = a.masked_fill(beyond, 0.0 if tropical else 1.0)
-    if tropical:
-        b = b.masked_fill(beyond, -math.inf)
-    if reverse:
-        a, b = a.flip(2), b.flip(2)
-    if not tropical:  # in float32, products of a tile's equal decays would all err alike, which adds up over the tiles
-        a = a.to(torch.promote_types(a.dtype, torch.float64))
-    for half in reversed(list(levels())):  # inclusive scans of growing blocks
-        (_, a_up), (_, b_up) = halves(a, half), halves(b, half)
-        a_low, b_low = halves(a, half)[0][..., -1:, :], halves(b, half)[0][..., -1:, :]
-        if tropical:
-            b_up.copy_(torch.maximum(a_up + b_low, b_up))
-            a_up.add_(a_low)
-        else:
-            b_up.addcmul_(a_up.to(b.dtype), b_low)
-            a_up.mul_(a_low)
-    state, whole = initial.clone(), a[:, :, -1]
-    a, states = a.to(b.dtype), torch.empty_like(b[:, :, 0])
-    for tile, active in seq.steps(reverse):
-        states[tile] = state[active]
-        last_a, last_b = whole[tile], b[tile, :, -1]
-        new = torch.maximum(last_a + state[active], last_b) if tropical else last_a * state[active] + last_b
-        state[active] = new.to(b.dtype)
-    entering = states[:, :, None]
-    inner = torch.maximum(a + entering, b) if tropical else a * entering + b
-    out = torch.cat([entering, inner[:, :, :-1]], 2)
-    return seq.untile(out.flip(2) if reverse else out), state
-
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -470,6 +453,22 @@ def uncast(function: Function) -> Function:
     return run  # type: ignore[return-value]
 
 
+def tracked(*tensors: Tensor) -> bool:
+    """Whether autograd follows what is computed of any of these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+State = TypeVar("State")
+
+
+def overwrite(state: State, new: State) -> State:
+    """A state with the values of the new one, in its own tensors."""
+    with torch.no_grad():
+        for own, value in zip(tree_leaves(state), tree_leaves(new)):
+            own.copy_(value)
+    return state
+
+
 def as_given(function: Function) -> Function:
     """The function without autocast, operands as they are."""
 
@@ -489,79 +488,10 @@ def once() -> None:
         )
 
 
-Scan = Callable[[Sequences, Tensor, Tensor, Tensor, bool, bool], tuple[Tensor, Tensor]]
-
-
-class VectorScan(torch.autograd.Function):
-    """h = a * h + b for each channel: h before each token [B, T, H, D] and the last h [N, H, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan) -> tuple[Tensor, Tensor]:
-        out, last = scan(seq, a, b, initial, False, False)
-        ctx.seq, ctx.scan = seq, scan
-        ctx.save_for_backward(a, out)
-        return out, last
-
-    @staticmethod
-    @uncast
-    def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
-        once()
-        a, out = ctx.saved_tensors
-        d_b, d_initial = ctx.scan(ctx.seq, a.conj().resolve_conj(), d_out, d_last, True, False)
-        return None, d_b * out.conj(), d_b, d_initial, None
-
-
-class MaxPlusScan(torch.autograd.Function):
-    """h = max(a + h, b) for each channel; the gradient goes to the larger one, half to each where they are equal."""
-
-    @staticmethod
-    def forward(ctx: Any, seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan) -> tuple[Tensor, Tensor]:
-        out, last = scan(seq, a, b, initial, False, True)
-        kept = a + out
-        ctx.seq, ctx.scan = seq, scan
-        ctx.save_for_backward((kept > b).to(a.dtype) + 0.5 * (kept == b).to(a.dtype))
-        return out, last
-
-    @staticmethod
-    @uncast
-    def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
-        once()
-        (share,) = ctx.saved_tensors
-        d_h, d_initial = ctx.scan(ctx.seq, share, d_out, d_last, True, False)
-        return None, d_h * share, d_h * (1 - share), d_initial, None
-
-
 def lay(x: Tensor, shape: tuple[int, ...], heads: int) -> Tensor:
     """Repeat x to [B, T, *axes], then join the first `heads` axes to H and the others to D: [B, T, H, D]."""
-    x = x.expand(shape)
+    x = x if x.shape == shape else x.expand(shape)  # each view costs a call's host time
     return x.reshape(*shape[:2], math.prod(shape[2 : 2 + heads]), math.prod(shape[2 + heads :]))
-
-
-@uncast
-def vector_scan(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan = tile_scan) -> tuple[Tensor, Tensor]:
-    """h = a * h + b: h before each token, and the last one; `scan` does the work."""
-    if seq.one_token:
-        return initial[:, None], a[:, 0] * initial + b[:, 0]
-    result: tuple[Tensor, Tensor] = VectorScan.apply(seq, a, b, initial, scan)  # type: ignore[no-untyped-call]
-    return result
-
-
-@uncast
-def max_plus_scan(
-    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, scan: Scan = tile_scan
-) -> tuple[Tensor, Tensor]:
-    """h = max(a + h, b): h before each token, and the last one; `scan` does the work."""
-    if seq.one_token:
-        return initial[:, None], torch.maximum(a[:, 0] + initial, b[:, 0])
-    result: tuple[Tensor, Tensor] = MaxPlusScan.apply(seq, a, b, initial, scan)  # type: ignore[no-untyped-call]
-    return result
-
-
-def stopped(seq: Sequences, before: Tensor, last: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """A scan whose update passes no gradient: only the state before the first token depends on `initial`."""
-    first = (seq.place == 0).view(seq.rows, seq.tokens, 1, 1)
-    empty = (seq.offsets.diff() == 0)[:, None, None]
-    return torch.where(first, seq.spread(initial), before.detach()), torch.where(empty, initial, last.detach())
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from chunkc.backends.attend import Form, Tile
 from chunkc.backends.body import Body
 from chunkc.backends.scan import Operand, ScanForm, scan_form
+from chunkc.backends.token import token_form
 from chunkc.backends.triton.attend import Kernels, attention_kernels
 from chunkc.backends.triton.gates import GateKernel, GatePlan
 from chunkc.backends.triton.kernel import Kernel
@@ -17,8 +18,9 @@ from chunkc.backends.triton.pairs import NoKernel
 from chunkc.backends.triton.schedule import pass_kernel
 from chunkc.backends.triton.side import Anchor, SidePlan
 from chunkc.backends.triton.tables import default_schedule
-from chunkc.backends.triton.vector import step_kernel, vector_kernel
+from chunkc.backends.triton.token import call_kernel, emit_call, emit_step, step_kernel
 from chunkc.backends.triton.verify import verify_kernel
+from chunkc.backends.triton.walks import emit_vector
 from chunkc.backends.writer import Lines, Writer, identifier
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
@@ -148,8 +150,9 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     attends = [(u, n) for u in units for n in u.graph.of_kind(N.Attend)]
     w("from __future__ import annotations")
     w()
-    if attends:
+    if attends or any(token_form(u, "") is not None for u in units):
         w("import math")
+    if attends:
         w("from functools import partial")
     w("from typing import Any")
     w()
@@ -159,6 +162,8 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     w("from torch import Tensor")
     w()
     w("from . import _runtime")
+    if any(not (s.i or s.j) for u in units for s in u.graph.of_kind(N.Scan)):
+        w("from . import _elementwise")
     if attends:
         w("from ._attend import Attention, Kernels, attend")
     head = len(w.lines)
@@ -170,7 +175,7 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     _settings(w)
     scans = [(u, s) for u in units for s in u.graph.of_kind(N.Scan)]
     if any(not (s.i or s.j) for _, s in scans):
-        _vector(w)
+        emit_vector(w)
     forms = [(u, _form(u, s, prefix_of(u, units))) for u, s in scans if s.i or s.j]
     made = [(form, kernels_of(form, lines, spans_of(unit, lines))) for unit, form in forms]
     if made:
@@ -180,12 +185,24 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
         _schedules([k for _, kernels in made for role, k in kernels.items() if role != "token"], w)
     for form, kernels in made:
         _scan(form, kernels, lines, w)
+    for unit in units:
+        if (token := token_form(unit, prefix_of(unit, units))) is not None:
+            kernel = call_kernel(token, lines)
+            verify_kernel(kernel)
+            w()
+            w()
+            kernel.print(w)
+            w()
+            w()
+            emit_call(token, kernel, lines, w)
     if attends:
         _attention_settings(w)
     for unit, node in attends:
         _attention(unit, node, prefix_of(unit, units), tiles[unit.name][node.id], lines, w)
     exact = "exact, " if any("exact(" in line for line in w.lines) else ""  # sizes that a kernel divides
-    w.lines.insert(head, f"from ._runtime import LOG_SMALL, TILE, Sequences, as_given, {exact}log_gate, once, uncast")
+    w.lines.insert(
+        head, f"from ._runtime import LOG_SMALL, TILE, Sequences, as_given, {exact}log_gate, once, tracked, uncast"
+    )
     return w.text()
 
 
@@ -313,33 +330,6 @@ def _schedules(kernels: list[Kernel], w: Writer) -> None:
         w('return min(types["PARTS"], 1 if all(g.dtype == torch.bfloat16 for g in gates) else 2)')
 
 
-def _vector(w: Writer) -> None:
-    for kernel in (vector_kernel(False, False), vector_kernel(True, False), vector_kernel(False, True)):
-        w()
-        w()
-        kernel.print(w)
-    w()
-    w()
-    head = "def _launch(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, reverse: bool, tropical: bool)"
-    with w.indented(f"{head} -> tuple[Tensor, Tensor]:"):
-        w("a, b, initial = a.contiguous(), b.contiguous(), initial.contiguous()")
-        w("start, stop, first, count = seq.tile_table()")
-        w("size = a.shape[2] * a.shape[3]")
-        w("out, last = torch.empty_like(a), torch.empty_like(initial)")
-        w("kernel = max_plus if tropical else vector_reverse if reverse else vector")
-        with w.indented("if seq.count:"):
-            w("kernel[(seq.count, triton.cdiv(size, 32))](")
-            w("    a, b, initial, out, last, start, stop, first, count,")
-            w("    D=size, C=TILE, LEVELS=LEVELS, BD=32, num_warps=4,")
-            w(")")
-        w("return out, last")
-    for name in ("vector_scan", "max_plus_scan"):
-        w()
-        w()
-        with w.indented(f"def {name}(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:"):
-            w(f"return _runtime.{name}(seq, a, b, initial, _launch)")
-
-
 def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -> None:
     for kernel in kernels.values():
         w()
@@ -385,16 +375,21 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
             _backward(form, kernels, backward, w)
     w()
     w()
-    _step(form, kernels[token.role], names, typed, w)
+    emit_step(form, kernels[token.role], lines, w)
+    _entry(form, names, typed, w)
+
+
+def _entry(form: ScanForm, names: list[str], typed: str, w: Writer) -> None:
+    """The function that layers call: one token is a kernel of its own, which takes operands as they are stored."""
+    given = f"seq, {', '.join(names)}, initial"
     w()
     w()
     w("@as_given")
     with w.indented(f"def {form.name}_scan(seq: Sequences, {typed}, initial: Tensor) -> tuple[Tensor, ...]:"):
         w(f'"""Operands [B, T, H, D]; gives each read {when(form)} the update, and the last state."""')
-        grad = f"any(x.requires_grad for x in ({', '.join(names)}, initial))"
-        with w.indented(f"if seq.one_token and not (torch.is_grad_enabled() and {grad}):"):
-            w(f"return {form.name}_step(seq, {', '.join(names)}, initial)")
-        w(f"result: tuple[Tensor, ...] = {form.name}_Scan.apply(seq, {', '.join(names)}, initial)")
+        with w.indented(f"if seq.one_token and not tracked({given.removeprefix('seq, ')}):"):
+            w(f"return {form.name}_step({given})")
+        w(f"result: tuple[Tensor, ...] = {form.name}_Scan.apply({given})")
         w("return result")
 
 
@@ -527,23 +522,3 @@ def _gradient_buffer(form: ScanForm, o: Operand) -> str:
     block = f'schedule("{form.name}_{role}", I, J, types)["B{o.side.upper()}"]'
     size = f"triton.cdiv({o.side.upper()}, {block})"
     return f"{o.name}.new_empty((*{o.name}.shape[:3], {size}), dtype=torch.float32)"
-
-
-def _step(form: ScanForm, kernel: Kernel, names: list[str], typed: str, w: Writer) -> None:
-    outs = form.results()
-    with w.indented(f"def {form.name}_step(seq: Sequences, {typed}, state: Tensor) -> tuple[Tensor, ...]:"):
-        w('"""One token of each sequence in one launch: the reads before the update, and the state after it."""')
-        w(f"{', '.join(names)}, state = {', '.join(f'{n}.contiguous()' for n in names)}, state.contiguous()")
-        i, j = form.writes[0]
-        w(f"H, I, J = {i.name}.shape[2], {i.name}.shape[3], {j.name}.shape[3]")
-        for q, out in zip(form.queries, outs):
-            size = "J" if q.side == "i" else "I"
-            w(f"{out} = {names[0]}.new_empty((*{names[0]}.shape[:3], {size}))")
-        w("new = torch.empty_like(state)")
-        arguments = [a.removesuffix("_ptr").replace("next", "new") for a in kernel.arguments]
-        with w.indented("if seq.count:"):
-            w(f"{kernel.name}[(seq.count, H)](")
-            w(f"    {', '.join(arguments)},")
-            w("    H=H, I=I, J=J, BI=triton.next_power_of_2(I), BJ=32, num_warps=4,")
-            w(")")
-        w(f"return {', '.join([*outs, 'new'])}")

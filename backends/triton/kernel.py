@@ -18,6 +18,8 @@ RANKS = {"|": 1, "^": 2, "&": 3, "<": 0, "<=": 0, "==": 0, "!=": 0, ">": 0, ">="
 # What a loop may run over, by its number of steps; a size of the spec is one too.
 OVER = {
     "count": "tiles",
+    "whole": "whole tiles",  # of which all rows are there
+    "tiles - whole": "tiles",
     "LEVELS": "levels",
     "levels": "levels",
     "upper_levels": "levels",
@@ -28,7 +30,7 @@ OVER = {
 }
 TILES = re.compile(r"tl\.cdiv\(length\w*, B([QR])\)")
 CONSTANTS = ("H", "I", "J", "D", "C", "LEVELS", "BI", "BJ", "BD", "BQ", "BR", "AI", "AJ", "DOT", "PRECISION", "PARTS",
-             "GATE_PARTS", "LIMIT")  # fmt: skip
+             "GATE_PARTS", "LIMIT", "AFTER")  # fmt: skip
 
 
 def over(stop: str, sizes: tuple[str, ...]) -> str:
@@ -197,12 +199,15 @@ class Store:
 
 @dataclass(frozen=True)
 class Loop:
-    """for name in range(stop): `over` says what it runs over: tiles, levels, or blocks of a side."""
+    """for name in range(stop): `over` says what it runs over: tiles, levels, or blocks of a side.
+
+    With `stages`, what later steps load is on its way while one is computed."""
 
     name: str
     stop: Expr
     over: str
     body: tuple[Statement, ...]
+    stages: int = 0
 
 
 @dataclass(frozen=True)
@@ -301,7 +306,8 @@ def _print_body(body: tuple[Statement, ...], w: Writer) -> None:
                 with w.indented("else:"):
                     _print_body(s.orelse, w)
         else:
-            with w.indented(f"for {s.name} in range({s.stop.text()}):"):
+            steps = f"tl.range({s.stop.text()}, num_stages={s.stages})" if s.stages else f"range({s.stop.text()})"
+            with w.indented(f"for {s.name} in {steps}:"):
                 _print_body(s.body, w)
 
 
@@ -330,10 +336,10 @@ class Builder:
         self.body.append(Store(pointer, value, mask))
 
     @contextmanager
-    def loop(self, name: str, stop: Value, over: str) -> Iterator[Expr]:
+    def loop(self, name: str, stop: Value, over: str, stages: int = 0) -> Iterator[Expr]:
         outer, self.body = self.body, []
         yield Expr(name)
-        outer.append(Loop(name, lift(stop), over, tuple(self.body)))
+        outer.append(Loop(name, lift(stop), over, tuple(self.body), stages))
         self.body = outer
 
     @contextmanager

@@ -90,7 +90,8 @@ class _Reader:
             stop = self.expr(node.iter.args[0])
             if not (what := over(stop.text(), self.sizes)):
                 raise ValueError(f"line {node.lineno}: a loop over {stop.text()}")
-            return Loop(node.target.id, stop, what, self.body(node.body, node.lineno))
+            stages = next((int(self.source(k.value)) for k in node.iter.keywords), 0)
+            return Loop(node.target.id, stop, what, self.body(node.body, node.lineno), stages)
         if isinstance(node, ast.If):
             orelse = self.body(node.orelse, node.orelse[0].lineno) if node.orelse else ()
             return If(self.expr(node.test), self.body(node.body, node.lineno), orelse)

@@ -1,127 +1,176 @@
-"""Kernels without a product: elementwise scans over a sequence, and one token of a matrix scan."""
+"""Kernels of elementwise scans.
+
+A program walks along a sequence, or a segment of one, with the states of a block of channels in
+registers. Its loop over whole tiles has no masks over tokens: they would cost more than the scan.
+"""
 
 from __future__ import annotations
 
-from chunkc.backends.scan import Operand, ScanForm
-from chunkc.backends.triton.kernel import Builder, Expr, Kernel, call, exp, where
-from chunkc.backends.writer import Lines
-from chunkc.ir import nodes as N
+from collections.abc import Callable
+
+from chunkc.backends.triton.kernel import Builder, Expr, Kernel, Value, call, lift, maximum, where
+
+STAGES = 4  # tiles of which one is walked over while the others come from memory
+
+
+class _Walk:
+    """Programs that walk over the tokens of a sequence: places, masks, and tiles of operands in float32.
+
+    `late`: how many tokens at the end of the walk have a neighbour that is not there; whole tiles end before them."""
+
+    def __init__(self, reverse: bool, tropical: bool, late: Expr) -> None:
+        self.reverse, self.tropical, self.ragged = reverse, tropical, False
+        self.b = b = Builder()
+        self.part = b.let("part", call("tl.program_id", 0).to("tl.int64"))
+        self.row = b.let("row", call("tl.arange", 0, "C"))
+        b.note("two channels a thread, so that it has all rows of a tile of them")
+        channels = call("tl.program_id", 1) * "BD" + call("tl.arange", 0, "BD")
+        self.col = b.let("col", call("tl.max_contiguous", channels, 2))
+        self.has = b.let("has", self.col < "D")
+        self.start = b.load("start", Expr("bounds_ptr") + self.part, None)
+        self.stop = b.load("stop", Expr("bounds_ptr") + self.part + 1, None)
+        self.length = b.let("length", (self.stop - self.start).to("tl.int32"))
+        self.cell = b.let("cell", (Expr("C") - 1 - self.row if reverse else self.row).rows * "D" + self.col.cols)
+        b.let("whole", maximum(self.length - late, 0) // "C")
+        b.let("tiles", call("tl.cdiv", self.length, "C"))
+
+    def own(self, name: str) -> Expr:
+        """The cells of a tensor with a value a channel."""
+        return Expr(f"{name}_ptr") + self.part * "D" + self.col
+
+    def vector(self, name: str, pointer: Expr, mask: Expr) -> Expr:
+        return self.b.let(name, call("tl.load", pointer, mask=mask.text(), other="0.0").to("tl.float32"))
+
+    def edge(self) -> Expr:
+        """Where the walk starts."""
+        return self.b.let("edge", (self.stop - 1 if self.reverse else self.start) * "D" + self.col)
+
+    def loops(self, tile: Callable[[], None]) -> None:
+        for self.ragged in (False, True):
+            stop, over = (Expr("tiles") - "whole", "tiles") if self.ragged else (Expr("whole"), "whole tiles")
+            with self.b.loop("step", stop, over, 0 if self.ragged else STAGES) as step:
+                done = self.b.let("done", (step + "whole" if self.ragged else step) * "C")
+                self.b.let("base", (self.stop - done - "C" if self.reverse else self.start + done) * "D")
+                self.b.let("place", done + self.row)
+                tile()
+
+    def mask(self, ahead: Value = 0) -> Expr:
+        """Which tokens there are so far ahead of the rows'."""
+        if not self.ragged:
+            return self.has.cols
+        place = Expr("place") if ahead == 0 else Expr("place") + ahead
+        return (place < self.length).rows & self.has.cols
+
+    def at(self, name: str, ahead: Value = 0) -> Expr:
+        by = lift(ahead) * "D"
+        base = Expr("base") if ahead == 0 else Expr("base") - by if self.reverse else Expr("base") + by
+        return Expr(f"{name}_ptr") + base + self.cell
+
+    def tile(self, name: str, ahead: Value = 0, other: str = "0.0") -> Expr:
+        loaded = call("tl.load", self.at(name, ahead), mask=self.mask(ahead).text(), other=other)
+        return self.b.let(name, loaded.to("tl.float32"))
+
+    def operands(self, added: str, ahead: Value = 0) -> tuple[Expr, Expr]:
+        """The gate and what is added, where there is no token such that the state stays."""
+        idle = ("0.0", 'float("-inf")') if self.tropical else ("1.0", "0.0")
+        if not self.ragged:
+            idle = ("0.0", "0.0")
+        return self.tile("a", other=idle[0]), self.tile(added, ahead, idle[1])
+
+    def walk(self, a: Expr, x: Expr) -> Expr:
+        """h after each row; the state is the last one."""
+        after = self.b.let("after", call("walk_max" if self.tropical else "walk", a, x, "state", self.row))
+        self.b.let("state", call("tl.sum", where(self.row.same(Expr("C") - 1).rows, after, 0.0), 0))
+        return after
+
+    def kernel(self, name: str, doc: str, arguments: str) -> Kernel:
+        pointers = tuple(f"{a}_ptr" for a in [*arguments.split(), "bounds"])
+        return Kernel(name, doc, pointers, tuple(self.b.body), warps=1, ends=(("row", "length"),))
+
+
+def vector_kernels() -> list[Kernel]:
+    """All kernels of elementwise scans."""
+    plain, tropical = (False, False), (False, True)
+    scans = [vector_kernel(*plain), vector_kernel(True, False), vector_kernel(*tropical)]
+    return [*scans, backward_kernel(), totals_kernel(*plain), totals_kernel(True, False), totals_kernel(*tropical)]
 
 
 def vector_kernel(reverse: bool, tropical: bool) -> Kernel:
-    """h = a * h + b, or h = max(a + h, b): h before each token, a block of channels a program."""
-    name = "max_plus" if tropical else "vector_reverse" if reverse else "vector"
-    b = Builder()
-    sequence = b.let("sequence", call("tl.program_id", 0).to("tl.int64"))
-    block = b.let("block", call("tl.program_id", 1))
-    row = b.let("row", call("tl.arange", 0, "C"))
-    col = b.let("col", block * "BD" + call("tl.arange", 0, "BD"))
-    has = b.let("has", col < "D")
-    state = b.load("state", Expr("initial_ptr") + sequence * "D" + col, has)
-    first = b.load("first", Expr("first_tile_ptr") + sequence, None)
-    count = b.load("count", Expr("tile_count_ptr") + sequence, None)
-    with b.loop("step", count, "tiles") as step:
-        tile = b.let("tile", first + count - 1 - step if reverse else first + step)
-        start = b.load("start", Expr("tile_start_ptr") + tile, None)
-        stop = b.load("stop", Expr("tile_stop_ptr") + tile, None)
-        token = b.let("token", start + "C" - 1 - row if reverse else start + row)
-        b.let("mask", (token < stop).rows & has.cols)
-        cell = b.let("cell", token.rows * "D" + col.cols)
-        idle = ("0.0", 'float("-inf")') if tropical else ("1.0", "0.0")
-        a = call("tl.load", Expr("a_ptr") + cell, mask="mask", other=idle[0])
-        if not tropical:
-            b.note("in float32, products of a tile's equal decays would all err alike, which adds up over the tiles")
-        a = b.let("a", a if tropical else a.to("tl.float64"))
-        x = b.let("b", call("tl.load", Expr("b_ptr") + cell, mask="mask", other=idle[1]))
-        b.note("blocks of growing size: the later half takes over the end of the earlier one")
-        with b.loop("level", "LEVELS", "levels") as level:
-            upper = b.let("upper", ((row >> level) & 1).same(1))
-            source = where(upper, Expr("<<", (row >> level, level)) - 1, row)
-            source = b.let("source", call("tl.broadcast_to", source.rows, "(C, BD)"))
-            low_a, low_b = call("tl.gather", a, source, 0), call("tl.gather", x, source, 0)
-            low_b, low_a = b.let("low_b", low_b), b.let("low_a", low_a)
-            joined = call("tl.maximum", a + low_b, x) if tropical else a.to("tl.float32") * low_b + x
-            b.let("b", where(upper.rows, joined, x))
-            b.let("a", where(upper.rows, a + low_a if tropical else a * low_a, a))
-        entering = state.cols
-        after = call("tl.maximum", a + entering, x) if tropical else a.to("tl.float32") * entering + x
-        after = b.let("after", after)
-        previous = b.let("previous", call("tl.broadcast_to", call("tl.maximum", row - 1, 0).rows, "(C, BD)"))
-        before = where(row.same(0).rows, entering, call("tl.gather", after, previous, 0))
-        b.store(Expr("out_ptr") + cell, before, Expr("mask"))
-        b.let("state", call("tl.sum", where(row.same(Expr("C") - 1).rows, after, 0.0), 0))
-    b.store(Expr("last_ptr") + sequence * "D" + col, state, has)
+    """h = a * h + b, or h = max(a + h, b): h before or after each token, and the last one."""
+    before = lift(1) - "AFTER"
+    w = _Walk(reverse, tropical, before)
+    state = w.vector("state", w.own("initial"), w.has)
+    w.b.store(Expr("out_ptr") + w.edge(), state, w.has & (Expr("0") < w.length * before))
+
+    def tile() -> None:
+        after = w.walk(*w.operands("b"))
+        w.b.store(w.at("out", before), after, w.mask(before))
+
+    w.loops(tile)
+    w.b.store(w.own("last"), state, w.has)
     doc = "h = max(a + h, b)" if tropical else "h = a * h + b"
-    doc += ": h after each token, from the last to the first." if reverse else ": h before each token."
-    arguments = ("a_ptr", "b_ptr", "initial_ptr", "out_ptr", "last_ptr", "tile_start_ptr", "tile_stop_ptr",
-                 "first_tile_ptr", "tile_count_ptr")  # fmt: skip
-    return Kernel(name, doc, arguments, tuple(b.body))
+    doc += f"{' from the last token to the first' if reverse else ''}: h before each token, or after it."
+    name = "max_plus" if tropical else "vector_reverse" if reverse else "vector"
+    return w.kernel(name, doc, "a b initial out last")
 
 
-def step_kernel(form: ScanForm, lines: Lines) -> Kernel:
-    """One token: the reads of the state before the update, and the state after it. A program a sequence and head."""
-    b = Builder()
-    sequence = b.let("sequence", call("tl.program_id", 0).to("tl.int64"))
-    head = b.let("head", call("tl.program_id", 1))
-    base = b.let("base", sequence * "H" + head)
-    col_i = b.let("col_i", call("tl.arange", 0, "BI"))
-    has_i = b.let("has_i", col_i < "I")
-
-    def operand(o: Operand) -> None:
-        cols, has, size = (col_i, has_i, "I") if o.side == "i" else (Expr("col_j"), Expr("has_j"), "J")
-        offset = base if o.thin else base * size + cols
-        b.load(o.name, Expr(f"{o.name}_ptr") + offset, None if o.thin else has)
-
-    for o in form.operands():
-        if o.side == "i":
-            operand(o)
-    for q in form.queries:
-        if q.side == "j":
-            b.let(f"out_{q.name}", call("tl.zeros", "(BI,)", "tl.float32"))
-    with b.loop("part", call("tl.cdiv", "J", "BJ"), "blocks of side j") as part:
-        col_j = b.let("col_j", part * "BJ" + call("tl.arange", 0, "BJ"))
-        has_j = b.let("has_j", col_j < "J")
-        for o in form.operands():
-            if o.side == "j":
-                operand(o)
-        cell = b.let("cell", base * (Expr("I") * "J") + col_i.rows * "J" + col_j.cols)
-        has = b.let("has", has_i.rows & has_j.cols)
-        b.load("state", Expr("state_ptr") + cell, has)
-        *reads, new = _step_values(form)
-        for q, read in zip(form.queries, reads):
-            if q.side == "i":
-                b.store(Expr(f"out_{q.name}_ptr") + base * "J" + col_j, call("tl.sum", read, 0), has_j)
-            else:
-                b.add(Expr(f"out_{q.name}"), call("tl.sum", read, 1))
-        b.store(Expr("next_ptr") + cell, b.let("new", new, lines.place(form.scan.span)), has)
-    for q in form.queries:
-        if q.side == "j":
-            b.store(Expr(f"out_{q.name}_ptr") + base * "I" + col_i, Expr(f"out_{q.name}"), has_i)
-    names = [*(f"{o.name}_ptr" for o in form.operands()), *(f"out_{q.name}_ptr" for q in form.queries)]
-    return Kernel(f"{form.name}_token", f"One token of {form.scan.name}.", (*names, "state_ptr", "next_ptr"),
-                  tuple(b.body))  # fmt: skip
+def _last_gradient(w: _Walk) -> tuple[Expr, Expr]:
+    """Where a walk backward starts, and the gradient of the last h but for what is read of it before the update."""
+    edge = w.edge()
+    return edge, w.vector("read", Expr("g_ptr") + edge, w.has & (Expr("0") < w.length * "AFTER"))
 
 
-def _step_values(form: ScanForm) -> list[Expr]:
-    """From the scan's step as a graph: what each read sums over its side, and the state after the token."""
-    step = form.scan.step
-    assert step is not None, "the scan has no step"
-    # A value is a number, a vector over side i (a column where it meets the state) or j (a row), or like the state.
-    found: dict[str, tuple[Expr, str]] = {}
-    for node, o in zip(step.of_kind(N.Input), form.operands()):
-        found[node.id] = (Expr(o.name), "" if o.thin else o.side)
-    found[step.of_kind(N.Input)[-1].id] = (Expr("state"), "ij")
+def backward_kernel() -> Kernel:
+    """The gradients of h = a * h + b, where g are those of h before each token, or after it."""
+    w = _Walk(True, False, lift(1) + "AFTER")
+    b, further = w.b, lift(1) + "AFTER"
+    initial = w.vector("initial", w.own("initial"), w.has)
+    edge, read = _last_gradient(w)
+    state = b.let("state", w.vector("d_last", w.own("d_last"), w.has) + read)
+    some = w.has & (Expr("0") < w.length)
+    further_back = lift("AFTER") < w.length
+    h = w.vector("h_before", Expr("h_ptr") + (edge - lift("AFTER") * "D"), w.has & further_back)
+    before = b.let("before", where(further_back, h, initial))
+    b.store(Expr("d_b_ptr") + edge, state, some)
+    b.store(Expr("d_a_ptr") + edge, state * before, some)
 
-    def laid(id_: str, alone: bool) -> Expr:
-        value, side = found[id_]
-        return value if alone or side in ("", "ij") else value.rows if side == "i" else value.cols
+    def tile() -> None:
+        a, g = w.operands("g", "AFTER")
+        h = w.tile("h", further)
+        if w.ragged:
+            first = (Expr("place") + further).same(w.length)
+            h = b.let("h", where(first.rows, initial.cols, h))
+        after = w.walk(a, g)
+        b.store(w.at("d_b", 1), after, w.mask(1))
+        b.store(w.at("d_a", 1), after * h, w.mask(1))
 
-    for node in step.nodes:
-        if isinstance(node, N.Map):
-            sides = {found[a][1] for a in node.args}
-            args = [laid(a, len(sides) == 1) for a in node.args]
-            value = exp(args[0]) if node.fn == "exp" else Expr(node.fn, tuple(args))
-            found[node.id] = (value, sides.pop() if len(sides) == 1 else "ij")
-        elif isinstance(node, N.Reduce):
-            found[node.id] = found[node.arg]
-    return [found[id_][0] for _, id_ in step.outputs]
+    w.loops(tile)
+    b.store(w.own("d_initial"), state, w.has)
+    doc = "The gradients of h = a * h + b: g are those of h before each token, or after it, as h is."
+    return w.kernel("vector_backward", doc, "a g h initial d_last d_a d_b d_initial")
+
+
+def totals_kernel(reverse: bool, tropical: bool) -> Kernel:
+    """What a segment does to the state that it is entered with: times `decay` (plus, in max-plus), then `total`."""
+    w = _Walk(reverse, tropical, lift(1) + "AFTER" if reverse else lift(1) - "AFTER")
+    b = w.b
+    b.note("in float32, products of equal decays would all err alike, which adds up over the segments")
+    decay = b.let("decay", call("tl.zeros", "(BD,)", "tl.float64") + (0.0 if tropical else 1.0))
+    if reverse:
+        b.let("state", _last_gradient(w)[1])
+    else:
+        b.let("state", call("tl.zeros", "(BD,)", "tl.float32") + (lift('float("-inf")') if tropical else 0.0))
+
+    def tile() -> None:
+        a, x = w.operands("g", "AFTER") if reverse else w.operands("b")
+        w.walk(a, x)
+        wide = a.to("tl.float64")
+        b.let("decay", decay + call("tl.sum", wide, 0) if tropical else decay * call("product", wide))
+
+    w.loops(tile)
+    b.store(w.own("decay"), decay, w.has)
+    b.store(w.own("total"), Expr("state"), w.has)
+    name = "max_plus_totals" if tropical else "vector_totals_reverse" if reverse else "vector_totals"
+    doc = "What a segment does to the state before it: h = max(decay + h, total)." if tropical else (
+        "What a segment does to the state before it: h = decay * h + total.")  # fmt: skip
+    return w.kernel(name, doc, f"a {'g' if reverse else 'b'} decay total")

@@ -118,7 +118,7 @@ class _Walk:
             raise self.fail(f"it runs over {s.over}")
         self.same(self.value(s.stop, known).shape, ())
         inner = {**known, s.name: Known()}
-        self.loops.append(s.name)
+        self.loops.append(s.over)
         self.body(s.body, inner)
         self.loops.pop()
 
@@ -146,7 +146,7 @@ class _Walk:
             raise self.fail("it is no pointer")
         bound = self.value(mask, known) if mask is not None else Known()
         self.same(self.broadcast(pointer, bound).shape, pointer.shape)
-        open_ = pointer.ranges - bound.bounded
+        open_ = pointer.ranges - bound.bounded - ({"row"} if "whole tiles" in self.loops else set())
         if open_:
             raise self.fail(f"no mask bounds {', '.join(sorted(open_))}")
 
@@ -191,7 +191,7 @@ class _Walk:
         keywords = dict(e.keywords)
         if e.op in ("tl.program_id", "tl.cdiv", *PLACES):
             return Known()
-        if e.op == ".to":
+        if e.op in (".to", "tl.max_contiguous"):
             return args[0]
         if e.op == "tl.arange":
             return Known((e.args[1].op,))
@@ -205,11 +205,14 @@ class _Walk:
             mask = parse_expr(keywords["mask"]) if "mask" in keywords else None
             self.masked(args[0], mask, known)
             return Known(args[0].shape)
+        if e.op in ("walk", "walk_max"):
+            self.same(args[1].shape, args[0].shape)
+            self.same((args[3].shape + args[2].shape), args[0].shape)
+            return Known(args[0].shape)
+        if e.op == "product":
+            return Known(args[0].shape[1:])
         if e.op in ("tl.sum", "tl.max", "tl.min"):
             return self.sum(e, args[0], keywords)
-        if e.op == "tl.gather":
-            self.same(args[1].shape, args[0].shape)
-            return Known(args[1].shape)
         return self.product(e, args)
 
     def sum(self, e: Expr, x: Known, keywords: dict[str, str]) -> Known:
