@@ -103,8 +103,10 @@ def attention_of(unit: Unit, node: N.Attend, name: str, lines: Lines) -> Kernels
     return kernels
 
 
-def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapping[str, list[Tile]]]) -> str:
-    """`_kernels.py` of a package; `tiles` are the functions of each unit's attentions."""
+def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapping[str, list[Tile]]],
+                 ahead: bool = False) -> str:  # fmt: skip
+    """`_kernels.py` of a package; `tiles` are the functions of each unit's attentions. With `ahead` the module takes
+    kernels that are compiled already."""
     w = Writer()
     attends = [(u, n) for u in units for n in u.graph.of_kind(N.Attend)]
     w("from __future__ import annotations")
@@ -119,7 +121,7 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     w("import triton.language as tl")
     w("from torch import Tensor")
     w()
-    w("from . import _runtime")
+    w(f"from . import {'_ahead, ' if ahead else ''}_runtime")
     if attends:
         w("from ._attend import Attention, Kernels, attend")
     head = len(w.lines)
@@ -142,6 +144,10 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
         _attention(unit, node, prefix_of(unit, units), tiles[unit.name][node.id], lines, w)
     exact = "exact, " if any("exact(" in line for line in w.lines) else ""  # sizes that a kernel divides
     w.lines.insert(head, f"from ._runtime import LOG_SMALL, TILE, Sequences, {exact}log_gate, once, uncast")
+    if ahead:
+        w()
+        w()
+        w("_ahead.install(globals())")
     return w.text()
 
 

@@ -1,0 +1,96 @@
+"""The calls that make a package launch all its kernels, on tensors that have shapes and no values.
+
+A kernel is compiled anew for integers that are 1, that 16 divides, and others, so each sequence has lengths of these
+kinds; whole, packed and resumed, with gradients and without, and one token at a time."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LENGTHS = (256, 250)
+STEPPED = (1, 250, 255, 256)  # tokens before a step: the rows that are kept grow by one
+BATCHES = (2, 1)
+
+
+class Caller:
+    """Calls a layer or op of an imported package as it was asked for."""
+
+    def __init__(self, module: Any, unit: Mapping[str, Any], dtype: torch.dtype) -> None:
+        self.unit, self.dtype, self.is_layer = unit, dtype, unit["kind"] == "layer"
+        made = getattr(module, unit["public"])
+        takes = inspect.signature(made).parameters
+        own = {name: value for name, value in unit["settings"].items() if name in takes}
+        if self.is_layer:
+            self.run = made(**own, device="meta", dtype=dtype)
+            self.keywords: dict[str, Any] = {}
+            self.resumes = hasattr(self.run, "init_state")
+            takes = inspect.signature(self.run.forward).parameters
+        else:
+            self.run, self.resumes = made, "initial_state" in takes
+            self.keywords = {**own, **{n: self.tensor(t, {}) for n, t in unit["weights"].items()}}
+        self.offsets = [name for name in takes if name.startswith("cu_seqlens")]
+        shapes = [t["shape"] for t in unit["inputs"].values()]
+        self.spaces = list(dict.fromkeys(n for shape in shapes for n in shape if isinstance(n, str)))
+
+    def tensor(self, of: Mapping[str, Any], lengths: Mapping[str, int], *before: int) -> Tensor:
+        kind = {"float": self.dtype, "int": torch.int64, "bool": torch.bool}[of["dtype"]]
+        shape = [lengths[n] if isinstance(n, str) else n for n in of["shape"]]
+        x = torch.empty((*before, *shape), dtype=kind, device="meta")
+        return x.requires_grad_(torch.is_grad_enabled() and x.is_floating_point())
+
+    def call(self, lengths: Mapping[str, int], batch: int, state: Any = None, packed: bool = False) -> Any:
+        """One call, and its gradient where gradients are enabled; the state after it, if there is one."""
+        inputs = {n: self.tensor(t, lengths, batch) for n, t in self.unit["inputs"].items()}
+        more = {name: torch.empty(4, dtype=torch.int64, device="meta") for name in self.offsets if packed}
+        if self.is_layer:
+            given = [state if state is not None else self.run.init_state(3 if packed else batch)]
+            result = self.run(*inputs.values(), *(given if self.resumes else []), **more)
+        else:
+            if self.resumes:
+                more |= {"initial_state": state, "output_final_state": True}
+            result = self.run(**inputs, **self.keywords, **more)
+        outs = result if isinstance(result, tuple) else (result,)
+        if torch.is_grad_enabled():
+            wanted = [x for x in torch.utils._pytree.tree_leaves(outs) if isinstance(x, Tensor) and x.requires_grad]
+            if wanted:
+                torch.autograd.backward(wanted, [torch.empty_like(x) for x in wanted])
+        return detached(outs[-1]) if self.resumes else None
+
+    def all(self) -> Iterator[None]:
+        """Every call, one at a time."""
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                for sizes in itertools.product(LENGTHS, repeat=len(self.spaces)):
+                    lengths = dict(zip(self.spaces, sizes))
+                    for batch in BATCHES:
+                        state = self.call(lengths, batch)
+                        yield
+                        if self.resumes:
+                            for other in itertools.product(LENGTHS, repeat=len(self.spaces)):
+                                self.call(dict(zip(self.spaces, other)), batch, state)
+                                yield
+                    if self.offsets:
+                        self.call(lengths, 1, packed=True)
+                        yield
+        with torch.no_grad():
+            yield from self.tokens()
+
+    def tokens(self) -> Iterator[None]:
+        """Steps of one token, at first and after some."""
+        one = dict.fromkeys(self.spaces, 1)
+        for batch in BATCHES:
+            self.call(one, batch)
+            yield
+            for before in STEPPED if self.resumes else ():
+                self.call(one, batch, self.call(dict.fromkeys(self.spaces, before), batch))
+                yield
+
+
+def detached(state: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, lambda x: x.detach(), state)
