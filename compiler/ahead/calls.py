@@ -16,6 +16,7 @@ from torch import Tensor
 LENGTHS = (256, 250)
 STEPPED = (1, 250, 255, 256)  # tokens before a step: the rows that are kept grow by one
 BATCHES = (2, 1)
+SEQUENCES = 3  # in a packed batch
 
 
 class Caller:
@@ -47,10 +48,11 @@ class Caller:
     def call(self, lengths: Mapping[str, int], batch: int, state: Any = None, packed: bool = False) -> Any:
         """One call, and its gradient where gradients are enabled; the state after it, if there is one."""
         inputs = {n: self.tensor(t, lengths, batch) for n, t in self.unit["inputs"].items()}
-        more = {name: torch.empty(4, dtype=torch.int64, device="meta") for name in self.offsets if packed}
+        more = {name: torch.empty(SEQUENCES + 1, dtype=torch.int64, device="meta") for name in self.offsets if packed}
         if self.is_layer:
-            given = [state if state is not None else self.run.init_state(3 if packed else batch)]
-            result = self.run(*inputs.values(), *(given if self.resumes else []), **more)
+            if self.resumes and state is None:
+                state = self.run.init_state(SEQUENCES if packed else batch)
+            result = self.run(*inputs.values(), *([state] if self.resumes else []), **more)
         else:
             if self.resumes:
                 more |= {"initial_state": state, "output_final_state": True}

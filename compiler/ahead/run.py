@@ -29,6 +29,7 @@ INDEX = f"{FOLDER}/index.json"
 class Usage:
     """What one compiled kernel uses of the GPU: registers a thread, bytes of it that spill, bytes of shared memory."""
 
+    unit: str
     kernel: str
     constants: str
     warps: int
@@ -56,14 +57,14 @@ class Made:
 
     def warnings(self, ahead: Ahead, compiled: Compiled) -> list[Diagnostic]:
         """Kernels that do not fit the target well, or at all: the worst of each name."""
-        span, limit = compiled.units[0].span, TARGETS[ahead.target].shared
+        spans, limit = {u.name: u.span for u in compiled.units}, TARGETS[ahead.target].shared
         found = {}
         for u in sorted(self.used, key=lambda u: (u.shared, u.spilled)):
             spills = f"'{u.kernel}' keeps {u.spilled} bytes a thread in memory for want of registers"
             beyond = f"'{u.kernel}' wants {u.shared} bytes of shared memory, and {ahead.target} has {limit}: it cannot run"
             if u.spilled or u.shared > limit:
                 found[u.kernel] = Diagnostic(
-                    "kernel-too-large", beyond if u.shared > limit else spills, span, severity="warning",
+                    "kernel-too-large", beyond if u.shared > limit else spills, spans[u.unit], severity="warning",
                     notes=(f"compiled for {ahead.target} with {u.constants}",), hints=("smaller axes take less",),
                 )  # fmt: skip
         return list(found.values())
@@ -98,7 +99,11 @@ def compile_ahead(compiled: Compiled, package: Mapping[str, str], settings: Mapp
 
 def attempt(home: Path) -> dict[str, Any]:
     """What the process that compiles finds. It has a cache of its own, and none of the user's settings of Triton but
-    where tools are: the same package is always compiled to the same."""
+    where tools are: the same package is always compiled to the same.
+
+    Raises:
+        RuntimeError: if it dies: a mistake of chunkc's, or of Triton's.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_") or k.endswith("_PATH")}
     result = home / "result.json"
     environment = {
@@ -110,17 +115,17 @@ def attempt(home: Path) -> dict[str, Any]:
     if done.returncode == 0 and result.is_file():
         found: dict[str, Any] = json.loads(result.read_text())
         return found
-    if done.returncode < 0:
-        said = f"Triton's compiler died of {signal.Signals(-done.returncode).name}"
-    else:
-        said = (done.stderr.strip().splitlines() or ["the process ended without a word"])[-1]
-    return {"failed": "cannot-compile", "reason": said, "unit": ""}
+    lines = done.stderr.strip().splitlines() or ["it ended without a word"]
+    died = f" of {signal.Signals(-done.returncode).name}" if done.returncode < 0 else ""
+    raise RuntimeError(f"the process that compiles ahead died{died}: {lines[-1]}")
 
 
 def failure(found: Mapping[str, Any], source: SourceFile, units: Iterable[Unit]) -> CompileError:
     if found["failed"] == "no-compiler":
         return no_compiler(source.name, found["reason"])
-    unit = next((u for u in units if u.name == found["unit"]), next(iter(units)))
+    unit = next(u for u in units if u.name == found["unit"])
+    if found["failed"] == "bad-size":
+        return CompileError([bad_size(unit, found["reason"])])
     return CompileError([error("cannot-compile", f"a kernel of '{unit.name}' could not be compiled", unit.span,
                                notes=(found["reason"],), hints=("the package can be built without --target",))])  # fmt: skip
 
@@ -149,11 +154,15 @@ def with_values(units: tuple[Unit, ...], settings: Mapping[str, Number]) -> tupl
                 if axis.size is not None and axis.size.evaluate(values) < 1:
                     raise SizeError(f"it is {axis.size.evaluate(values)}")
             except SizeError as reason:
-                found.append(error("bad-size", f"axis '{axis.name}' has no size: {reason}", unit.span,
-                                   hints=("--set gives parameters other values",)))  # fmt: skip
+                found.append(bad_size(unit, f"axis '{axis.name}' has no size: {reason}"))
     if found:
         raise CompileError(found)
     return units
+
+
+def bad_size(unit: Unit, why: str) -> Diagnostic:
+    return error("bad-size", f"'{unit.name}' cannot be compiled ahead: {why}", unit.span,
+                 hints=("--set gives parameters other values",))  # fmt: skip
 
 
 def listed(names: list[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module
 from importlib.util import find_spec
 
 from chunkc.ir.diagnostics import CompileError, SourceFile, Span, error
@@ -53,7 +53,7 @@ class Ahead:
 
     def record(self) -> dict[str, str]:
         """What shapes the compiled files, for manifests and fingerprints."""
-        return {"target": self.target, "dtype": self.dtype, "triton": metadata.version("triton")}
+        return {"target": self.target, "dtype": self.dtype, "triton": import_module("triton").__version__}
 
 
 def no_compiler(file: str, why: str) -> CompileError:

@@ -29,9 +29,15 @@ from triton.runtime import build, driver
 from chunkc.ahead.calls import Caller
 from chunkc.backends.triton.ahead import divert, jitted, request_key
 
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
 
 class NoCompiler(Exception):
     """Triton cannot compile for the target here."""
+
+
+class CannotCompile(Exception):
+    """Triton cannot compile a kernel; the message is its reason."""
 
 
 class Absent:
@@ -65,12 +71,16 @@ class Press:
 
     def __init__(self, folder: Path, target: GPUTarget) -> None:
         self.folder, self.binary = folder, make_backend(target).binary_ext
+        self.unit = ""  # whose calls launch
         self.kernels: dict[str, list[str]] = {}
         self.used: list[dict[str, Any]] = []
         self.compiled: list[Any] = []
 
     def take(self, compile_: Any, source: Any, target: Any, options: Mapping[str, Any], **more: Any) -> Any:
-        kernel = compile_(source, target=target, options=options, **more)
+        try:
+            kernel = compile_(source, target=target, options=options, **more)
+        except Exception as reason:  # of which Triton has no common class
+            raise CannotCompile(f"{source.fn.__name__}: {said(reason)}") from reason
         key = request_key(source, options)
         record = kernel.metadata._asdict() | {"hash": key, "extern_libs": {}, "target": vars(target)}
         names = {f"{key}.json": json.dumps(record, sort_keys=True, default=vars).encode(),
@@ -87,7 +97,7 @@ class Press:
         names = source.fn.arg_names
         constants = {names[path[0]]: value for path, value in sorted(source.constants.items())}
         shown = " ".join(f"{n}={v}" for n, v in constants.items() if isinstance(v, int) and not isinstance(v, bool))
-        return {"kernel": source.fn.__name__, "constants": shown, "warps": kernel.metadata.num_warps,
+        return {"unit": self.unit, "kernel": source.fn.__name__, "constants": shown, "warps": kernel.metadata.num_warps,
                 "registers": registers, "spilled": spilled, "shared": kernel.metadata.shared}  # fmt: skip
 
 
@@ -118,48 +128,60 @@ def launching_modules(press: Press, home: Path) -> list[dict[str, str]]:
     """The extension modules that Triton builds with a C compiler before it can launch these kernels on NVIDIA's GPUs,
     by the key under which its cache keeps them. They are built as it builds them, and not loaded: there may be no
     driver to link with, so that one is linked which holds its functions' names alone."""
-    from triton.backends.nvidia import driver as nvidia
+    from triton.backends.nvidia import driver as nvidia  # which Triton for AMD's GPUs alone may lack
 
     found: dict[str, dict[str, str]] = {}
     keys: list[str] = []
     cache_of = build.get_cache_manager
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
 
     def cache(key: str) -> Any:
         keys.append(key)
         return cache_of(key)
 
     def load(name: str, path: str) -> StandIn:
-        file = f"{keys[-1][:16]}-{name}{suffix}"
+        file = f"{keys[-1][:16]}-{name}{SUFFIX}"
         shutil.copy(path, press.folder / file)
         found[file] = {"name": name, "key": keys[-1], "file": f"{press.folder.name}/{file}"}
         return StandIn()
 
     build.get_cache_manager, build._load_module_from_path = cache, load
-    nvidia.libcuda_dirs = lambda: [str(hollow_driver(Path(nvidia.__file__).parent, home))]
-    utils = nvidia.CudaUtils()
-    driver.active.utils = utils
+    triton.knobs.build.impl = build_module
+    triton.knobs.nvidia.libcuda_path = str(hollow_driver(Path(nvidia.__file__).parent, home))
+    driver.active.utils = nvidia.CudaUtils()
     for kernel in press.compiled:
         nvidia.CudaLauncher(kernel.src, kernel.metadata)
     return [found[file] for file in sorted(found)]
+
+
+def build_module(name: str, source: str, folder: str, library_dirs: list[str], include_dirs: list[str],
+                 libraries: list[str]) -> str:  # fmt: skip
+    """What Triton does, without the names of folders that assertions would keep."""
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    include = sysconfig.get_path("include", scheme)
+    out = str(Path(folder) / f"{name}{SUFFIX}")
+    command = [c_compiler(), source, "-O3", "-shared", "-fPIC", "-w", "-o", out]
+    command += [f"-ffile-prefix-map={path}={short}" for path, short in ((folder, "."), (include, "python"))]
+    command += [f"-l:{library}" for library in libraries]
+    command += [f"-L{path}" for path in library_dirs] + [f"-I{path}" for path in (*include_dirs, folder, include)]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
 
 
 def hollow_driver(sources: Path, home: Path) -> Path:
     """The folder of a library that is called as CUDA's driver, and has every function that Triton's code names."""
     text = "".join((sources / name).read_text() for name in ("driver.c", "driver.py"))
     folder = home / "driver"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
+    code = folder / "names.c"
+    code.write_text("".join(f"void {name}(void) {{}}\n" for name in sorted(set(re.findall(r"\bcu[A-Z]\w*", text)))))
     library = folder / "libcuda.so.1"
-    if not library.exists():
-        code = "".join(f"void {name}(void) {{}}\n" for name in sorted(set(re.findall(r"\bcu[A-Z]\w*", text))))
-        (folder / "names.c").write_text(code)
-        command = [c_compiler(), "-shared", "-fPIC", "-w", f"-Wl,-soname,{library.name}", "-o", str(library)]
-        subprocess.run([*command, str(folder / "names.c")], check=True, capture_output=True)
+    command = [c_compiler(), "-shared", "-fPIC", "-w", f"-Wl,-soname,{library.name}", "-o", str(library), str(code)]
+    subprocess.run(command, check=True, capture_output=True)
     return folder
 
 
 def c_compiler() -> str:
-    """The one that Triton takes."""
+    """The one that Triton takes; empty if there is none."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or ""
 
 
@@ -191,13 +213,16 @@ def work(home: Path) -> dict[str, Any]:
         divert(kernel, press.take)
         kernel.run = partial(compile_only, kernel)
     for unit in request["units"]:
+        press.unit = unit["name"]
         try:
             for _ in Caller(module, unit, getattr(torch, request["dtype"])).all():
                 pass
         except NoCompiler as reason:
             return {"failed": "no-compiler", "reason": str(reason)}
-        except Exception as reason:  # whatever Triton raises for a kernel is the diagnostic's note
-            return {"failed": "cannot-compile", "unit": unit["name"], "reason": said(reason)}
+        except CannotCompile as reason:
+            return {"failed": "cannot-compile", "unit": unit["name"], "reason": str(reason)}
+        except ValueError as reason:  # of a layer that parameters do not fit
+            return {"failed": "bad-size", "unit": unit["name"], "reason": str(reason)}
     modules, missing = [], ""
     if target.backend == "cuda" and c_compiler():
         modules = launching_modules(press, home)
