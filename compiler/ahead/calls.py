@@ -1,20 +1,17 @@
 """The calls that make a package launch all its kernels, on tensors that have shapes and no values.
 
-A kernel is compiled anew for integers that are 1, that 16 divides, and others, so each sequence has lengths of these
-kinds; whole, packed and resumed, with gradients and without, and one token at a time."""
+Whole sequences, packed and resumed, with gradients and without, and one token at a time."""
 
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-LENGTHS = (256, 250)
-STEPPED = (1, 250, 255, 256)  # tokens before a step: the rows that are kept grow by one
+FIRST, STEP = 40, 32  # the length of a unit's first sequence, and by how much others are longer
 BATCHES = (2, 1)
 SEQUENCES = 3  # in a packed batch
 
@@ -64,34 +61,26 @@ class Caller:
                 torch.autograd.backward(wanted, [torch.empty_like(x) for x in wanted])
         return detached(outs[-1]) if self.resumes else None
 
-    def all(self) -> Iterator[None]:
-        """Every call, one at a time."""
+    def all(self) -> None:
+        """Every kind of call."""
+        lengths = {space: FIRST + k * STEP for k, space in enumerate(self.spaces)}
         for gradients in (True, False):
             with torch.set_grad_enabled(gradients):
-                for sizes in itertools.product(LENGTHS, repeat=len(self.spaces)):
-                    lengths = dict(zip(self.spaces, sizes))
-                    for batch in BATCHES:
-                        state = self.call(lengths, batch)
-                        yield
-                        if self.resumes:
-                            for other in itertools.product(LENGTHS, repeat=len(self.spaces)):
-                                self.call(dict(zip(self.spaces, other)), batch, state)
-                                yield
-                    if self.offsets:
-                        self.call(lengths, 1, packed=True)
-                        yield
+                for batch in BATCHES:
+                    self.both(lengths, lengths, batch)
+                if self.offsets:
+                    self.call(lengths, 1, packed=True)
         with torch.no_grad():
-            yield from self.tokens()
+            for batch in BATCHES:
+                one = dict.fromkeys(self.spaces, 1)
+                self.both(one, one, batch)
+                self.both(lengths, one, batch)
 
-    def tokens(self) -> Iterator[None]:
-        """Steps of one token, at first and after some."""
-        one = dict.fromkeys(self.spaces, 1)
-        for batch in BATCHES:
-            self.call(one, batch)
-            yield
-            for before in STEPPED if self.resumes else ():
-                self.call(one, batch, self.call(dict.fromkeys(self.spaces, before), batch))
-                yield
+    def both(self, lengths: Mapping[str, int], more: Mapping[str, int], batch: int) -> None:
+        """A call, and one that goes on from where it ended."""
+        state = self.call(lengths, batch)
+        if self.resumes:
+            self.call(more, batch, state)
 
 
 def detached(state: Any) -> Any:

@@ -61,7 +61,9 @@ class Made:
         found = {}
         for u in sorted(self.used, key=lambda u: (u.shared, u.spilled)):
             spills = f"'{u.kernel}' keeps {u.spilled} bytes a thread in memory for want of registers"
-            beyond = f"'{u.kernel}' wants {u.shared} bytes of shared memory, and {ahead.target} has {limit}: it cannot run"
+            beyond = (
+                f"'{u.kernel}' wants {u.shared} bytes of shared memory, and {ahead.target} has {limit}: it cannot run"
+            )
             if u.spilled or u.shared > limit:
                 found[u.kernel] = Diagnostic(
                     "kernel-too-large", beyond if u.shared > limit else spills, spans[u.unit], severity="warning",
@@ -74,8 +76,8 @@ def compile_ahead(compiled: Compiled, package: Mapping[str, str], settings: Mapp
     """Compile every kernel that calls of the package's layers and ops launch, at the sizes that parameters give.
 
     Raises:
-        CompileError: `open-parameter` or `bad-size` if a size is missing or none; `no-compiler` if Triton cannot compile
-            for the target here; `cannot-compile` if it cannot compile a kernel.
+        CompileError: `open-parameter` or `bad-size` if a size is missing or none; `no-compiler` or `cannot-compile` if
+            Triton cannot compile for the target here, or a kernel.
     """
     source, target = compiled.checked.source, TARGETS[ahead.target]
     units = [request_unit(u, values_of(u, settings)) for u in with_values(compiled.units, settings)]
@@ -126,8 +128,9 @@ def failure(found: Mapping[str, Any], source: SourceFile, units: Iterable[Unit])
     unit = next(u for u in units if u.name == found["unit"])
     if found["failed"] == "bad-size":
         return CompileError([bad_size(unit, found["reason"])])
-    return CompileError([error("cannot-compile", f"a kernel of '{unit.name}' could not be compiled", unit.span,
-                               notes=(found["reason"],), hints=("the package can be built without --target",))])  # fmt: skip
+    hints = ("the package can be built without --target",)
+    message = f"a kernel of '{unit.name}' could not be compiled"
+    return CompileError([error("cannot-compile", message, unit.span, notes=(found["reason"],), hints=hints)])
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------

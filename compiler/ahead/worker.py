@@ -6,6 +6,7 @@ values, and Triton is told that the target is there."""
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -209,14 +210,15 @@ def work(home: Path) -> dict[str, Any]:
     except RuntimeError as reason:  # no back end of Triton's supports the target
         return {"failed": "no-compiler", "reason": str(reason)}
     module = import_package(home)
-    for kernel in jitted(vars(sys.modules["package._kernels"])):
+    kernels = jitted(vars(sys.modules["package._kernels"]))
+    for kernel in kernels:
         divert(kernel, press.take)
-        kernel.run = partial(compile_only, kernel)
-    for unit in request["units"]:
+        kernel.run = partial(compile_kinds, kernel)
+    launched = any("tl.store" in kernel.src for kernel in kernels)
+    for unit in request["units"] if launched else ():
         press.unit = unit["name"]
         try:
-            for _ in Caller(module, unit, getattr(torch, request["dtype"])).all():
-                pass
+            Caller(module, unit, getattr(torch, request["dtype"])).all()
         except NoCompiler as reason:
             return {"failed": "no-compiler", "reason": str(reason)}
         except CannotCompile as reason:
@@ -232,9 +234,21 @@ def work(home: Path) -> dict[str, Any]:
             "missing": missing}  # fmt: skip
 
 
-def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **more: Any) -> Any:
+def compile_kinds(kernel: Any, *args: Any, grid: Any, **more: Any) -> None:
+    """Compile for a launch and for others like it. Triton compiles anew for an integer that 16 divides, for another,
+    and for 1. Where one is 1 there is a single token or sequence, which calls have; the others are tried here."""
+    given = dict(zip(kernel.arg_names, args)) | more
+    constant = {p.name for p in kernel.params if p.is_constexpr} | (more.keys() - set(kernel.arg_names))
+    free = {n: v for n, v in given.items() if type(v) is int and v > 1 and n not in constant}
+    values = sorted(set(free.values()))  # what is equal is the same length
+    for kinds in itertools.product((16, 17), repeat=len(values)):
+        kind = dict(zip(values, kinds))
+        compile_only(kernel, grid=grid, **given | {name: kind[value] for name, value in free.items()})
+
+
+def compile_only(kernel: Any, *args: Any, grid: Any, **more: Any) -> Any:
     """A launch as far as the compiled kernel."""
-    return type(kernel).run(kernel, *args, grid=grid, warmup=True, **more)
+    return type(kernel).run(kernel, *args, grid=grid, **more | {"warmup": True})
 
 
 def said(reason: BaseException) -> str:
