@@ -41,11 +41,13 @@ OP = """op gated(heads: int, dk: int, dv: int) {
 """
 SEES = """op sees(heads: int, dk: int, dv: int) {
   axes { t: time, s = t, h = heads, i = dk, j = dv }
-  input q[t, h, i], k[t, h, i], v[t, h, j]
+  input q[t, h, i], k0[t, h, i], v0[t, h, j]
+  k = k0[t = s]
+  v = v0[t = s]
   attention o[t, h, j] over s {
-    keep if s <= t
     logit = dot[i](q, k)
     value = v
+    mask = s <= t
   }
   output o
 }

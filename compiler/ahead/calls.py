@@ -51,9 +51,8 @@ class Caller:
                 state = self.run.init_state(SEQUENCES if packed else batch)
             result = self.run(*inputs.values(), *([state] if self.resumes else []), **more)
         else:
-            if self.resumes:
-                more |= {"initial_state": state, "output_final_state": True}
-            result = self.run(**inputs, **self.keywords, **more)
+            keep = {"initial_state": state, "output_final_state": True} if self.resumes else {}
+            result = self.run(**inputs, **self.keywords, **more, **keep)
         outs = result if isinstance(result, tuple) else (result,)
         if torch.is_grad_enabled():
             wanted = [x for x in torch.utils._pytree.tree_leaves(outs) if isinstance(x, Tensor) and x.requires_grad]
