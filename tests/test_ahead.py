@@ -224,6 +224,13 @@ def test_a_tampered_kernel_is_refused_and_said(outcomes: dict[str, Any], case: s
     assert outcomes[case]["compiled"] == ["gated_S_states"]
 
 
+def test_the_interpreter_runs_python_and_says_nothing(package: Path) -> None:
+    code = "import warnings; warnings.simplefilter('error'); import gated._kernels as k; print(type(k.gated_S_states))"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(package.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "InterpretedFunction" in done.stdout, done.stderr
+
+
 WIDTHS = {"d_model": 32, "d_in": 32, "vocab": 16}
 
 # -- calls -------------------------------------------------------------------------------------------------------------

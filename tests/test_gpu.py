@@ -23,6 +23,7 @@ from test_numerics import ALL, EDGES, PACKED, SETTINGS, SHIPPED, allowed, at_edg
 
 import chunkc
 from chunkc import cli
+from chunkc.ahead.targets import TARGETS
 
 __all__ = ["built"]
 pytestmark = [
@@ -210,7 +211,9 @@ def test_packed_batches_compile(name):  # type: ignore[no-untyped-def]
 def test_first_calls_compile_nothing_that_was_compiled_ahead(tmp_path, name):  # type: ignore[no-untyped-def]
     settings = {"d_model": 256, "heads": 4}
     major, minor = torch.cuda.get_device_capability()
-    package = chunkc.build(SPECS / f"{name}.spec", tmp_path / "ahead", settings, target=f"sm_{major}{minor}")
+    if (target := f"sm_{major}{minor}") not in TARGETS:
+        pytest.skip(f"nothing is compiled ahead for {target}")
+    package = chunkc.build(SPECS / f"{name}.spec", tmp_path / "ahead", settings, target=target)
     plain = chunkc.build(SPECS / f"{name}.spec", tmp_path / "plain", settings)
     ahead, usual = first_call(package, settings, "--no-compiler"), first_call(plain, settings)
     assert ahead["said"] == usual["said"] == []
