@@ -292,7 +292,8 @@ class Expressions(Layout):
         kept = [a for a in graph[node.arg].axes if a not in node.over]
         text, _ = self.aligned(graph, node.arg, (*kept, *node.over), self.home(graph, node.arg))
         bias = self.hold(graph, node.bias) if node.bias else "None"
-        return f"linear({text}, {self.hold(graph, node.weight)}, {bias}, {len(node.over)}, ct)"
+        dtype = "given" if graph is self.graph and node.id in self.as_stored else "ct"
+        return f"linear({text}, {self.hold(graph, node.weight)}, {bias}, {len(node.over)}, {dtype})"
 
     # -- reads at computed positions ---------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from chunkc.backends.scan import as_stored
 from chunkc.backends.writer import Lines, Writer, identifier, is_name, unused
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Graph, Unit
@@ -41,6 +42,7 @@ class Layout:
         self.graph = unit.graph
         self.names: dict[str, str] = {}
         self.loop: Loop | None = None
+        self.as_stored = as_stored(unit)
         self.each: dict[str, bool] = {}
         self._homes: dict[tuple[int, str], str] = {}
         self.sequences = sequence_names(self.graph)

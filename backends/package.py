@@ -99,7 +99,19 @@ def _torch(units: tuple[Unit, ...], lines: Lines, tiles: Tiles) -> str:
         w(f"from ._functions import {', '.join(helpers)}")
     used = ["max_plus_scan", "vector_scan", *(n for n in RUNTIME_NAMES if n in words)]
     if forms:
-        used += ["LOG_SMALL", "once", "Sequences", "after", "before", "halves", "levels", "log_gate", "uncast"]
+        used += [
+            "LOG_SMALL",
+            "once",
+            "Sequences",
+            "after",
+            "before",
+            "halves",
+            "levels",
+            "log_gate",
+            "onward",
+            "uncast",
+            "upto",
+        ]
     w(f"from ._runtime import {', '.join(sorted(used))}")
     w()
     names = [f"{scan_form(s, _axes(u.graph), prefix_of(u, units)).name}_scan" for u, s in forms]

@@ -8,6 +8,7 @@ from typing import Literal
 
 from chunkc.backends.writer import identifier, is_name
 from chunkc.ir import nodes as N
+from chunkc.ir.graph import Unit
 
 Side = Literal["i", "j"]
 
@@ -22,6 +23,7 @@ seq initial states ends last half decay update operands ctx score d_score part g
 H I J D C LEVELS BI BJ BD DOT PRECISION SPLIT BLOCK TILE LOG_SMALL tl triton torch Any Tensor Sequences row rows
 col_i col_j has has_i has_j cell token inside start stop first count tile tiles block blocks_j head sequence
 step level upper lower pair inner outward flow crossing edges earlier later others left right types base before
+upto onward chosen schedule offsets tokens each kept parts program blocks_i base sums since
 after halves levels log_gate masked_sum d_initial d_last low_i low_j up_i up_j from_start_i from_start_j
 to_end_i to_end_j to_edge_i to_edge_j decay_i decay_j reads_i reads_j written_i written_j
 """
@@ -118,3 +120,21 @@ def scan_form(scan: N.Scan, axes_of: dict[str, tuple[str, ...]], prefix: str = "
     writes = tuple((Operand(w.i, name(w.i, "key"), "i"), Operand(w.j, name(w.j, "value"), "j")) for w in scan.writes)
     queries = tuple(Operand(q.arg, name(q.arg, "query"), q.side) for q in scan.queries)
     return ScanForm(scan, tuple(gates), writes, queries, identifier(prefix + scan.name))
+
+
+def as_stored(unit: Unit) -> frozenset[str]:
+    """The inputs and products that only matrix scans read: they reach these in the type in which they are stored.
+
+    Kernels compute in float32 of whatever is loaded; a copy in float32 would take longer to write and read than they
+    take. A plan of ranks reads operands itself."""
+    if unit.parallel is not None:
+        return frozenset()
+    graph = unit.graph
+    users, results = graph.users(), {id_ for _, id_ in graph.outputs}
+
+    def by_scans(node: N.AnyNode) -> bool:
+        scans = [u for u in users[node.id] if isinstance(u, N.Scan) and (u.i or u.j)]
+        return bool(scans) and len(scans) == len(users[node.id]) and all(node.id in u.arguments() for u in scans)
+
+    nodes = (n for n in graph.nodes if isinstance(n, N.Input | N.Linear) and n.dtype == "float")
+    return frozenset(n.id for n in nodes if n.id not in results and by_scans(n))

@@ -11,6 +11,7 @@ from chunkc.backends.body import Body, param_name
 from chunkc.backends.expressions import next_name, state_name
 from chunkc.backends.layout import EACH, NOWHERE, sequence_names
 from chunkc.backends.operations import is_sharded
+from chunkc.backends.scan import as_stored
 from chunkc.backends.states import WHAT, StateField, fields, positioned, states, whole_reason
 from chunkc.backends.writer import Lines, Writer, identifier, public, quoted
 from chunkc.ir import nodes as N
@@ -346,7 +347,7 @@ class UnitEmitter:
         if any(isinstance(n, N.Scan | N.Attend) for n in self.graph.nodes):
             w(f"scans = _scans({first})")
         for n in self.inputs:
-            if n.dtype in ("float", "complex"):
+            if n.dtype in ("float", "complex") and n.id not in as_stored(self.unit):
                 dtype = "ct" if n.dtype == "float" else "complex_type(ct)"
                 w(f"{identifier(n.name)} = {identifier(n.name)}.to({dtype})")
         self.printer = Body(self.unit, self.lines, w, owner, self.prefix)

@@ -68,7 +68,7 @@ range Sequences Weights axis_size check_offsets check_packing check_state check_
 exact inv_softplus l2_norm lay layer_norm linear rms_norm softmax stopped use_kernels length row_of complex_type
 Places Source attend larger scatter wide at at_rows d_logit d_value queries along_valid over_valid take check_position
 Chunks operands BQ BR DOT PRECISION masked os once uncast states Any index any tl triton masked_sum vector
-vector_reverse max_plus before after halves levels log_gate ValueError
+vector_reverse max_plus before after upto onward halves levels log_gate ValueError
 """
 MODULE_NAMES = frozenset(_MODULE_NAMES.split())
 

@@ -27,6 +27,7 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "not": torch.logical_not, "stop": torch.Tensor.detach, "sin": torch.sin, "cos": torch.cos, "re": torch.real,
     "im": torch.imag, "erf": torch.erf,
 }  # fmt: skip
+STEP = ("read", "gate", "write")  # what a scan does in a step, in a circle
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "+": torch.add, "-": torch.sub, "*": torch.mul, "/": torch.true_divide, "%": torch.remainder, "pow": torch.pow,
     "<": torch.lt, "<=": torch.le, ">": torch.gt, ">=": torch.ge, "==": torch.eq, "!=": torch.ne,
@@ -453,7 +454,7 @@ class Interpreter:
         return body
 
     def scan(self, node: N.Scan) -> list[Tensor]:
-        """S_t = A_t S_{t-1} + writes, a token at a time; queries read S_{t-1}."""
+        """S_t = A_t S_{t-1} + writes, a token at a time: reads, gates and writes in the circle that `start` opens."""
         axes = (*node.batch, *node.i, *node.j)
         state, fresh = (self.start(name, axes, node.initial, node.dtype) for name in (node.name, ""))
         steps = self.size(node.axis)
@@ -477,23 +478,28 @@ class Interpreter:
         states: list[Tensor] = []
         for t in order:
             state = fresh if self.anew(node, t) else state
-            if node.id in self.watched:
-                states.append(state)
-            for row, q in zip(rows, node.queries):
-                removed = node.i if q.side == "i" else node.j
-                row.append((at(q.arg, t) * state).sum([axes.index(a) for a in removed]))
-            if count > len(node.queries):
-                rows[-1].append(state)
-            new = state
-            for g in node.gates:
-                a = at(g.arg, t)
-                new = new + a if node.algebra == "max-plus" else new * (torch.exp(a) if g.log else a)
-            for w in node.writes:
-                new = new + at(w.i, t) * at(w.j, t)
-            if node.add is not None:
-                a = at(node.add, t)
-                new = torch.maximum(new, a) if node.algebra == "max-plus" else new + a
-            state = new.expand(state.shape)
+            shape, new, first = state.shape, state, STEP.index(node.start)
+            for part in (*STEP[first:], *STEP[:first]):
+                if part == "read":
+                    for row, q in zip(rows, node.queries):
+                        removed = node.i if q.side == "i" else node.j
+                        row.append((at(q.arg, t) * new).sum([axes.index(a) for a in removed]))
+                    if count > len(node.queries):
+                        rows[-1].append(new)
+                elif part == "gate":
+                    if node.id in self.watched:
+                        states.append(new)
+                    for g in node.gates:
+                        a = at(g.arg, t)
+                        new = new + a if node.algebra == "max-plus" else new * (torch.exp(a) if g.log else a)
+                else:
+                    for w in node.writes:
+                        new = new + at(w.i, t) * at(w.j, t)
+                    if node.add is not None:
+                        a = at(node.add, t)
+                        new = torch.maximum(new, a) if node.algebra == "max-plus" else new + a
+                    new = new.expand(shape)
+            state = new
             if node.stop:
                 state = state.detach()
         if not node.reverse:

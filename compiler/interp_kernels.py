@@ -34,6 +34,20 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+def _read(table: Pointer, index: Any) -> Any:
+    return table.memory[index]
+
+
+# Where tiles lie, as the functions beside the kernels say it: by tables, or by the rows of a dense batch.
+PLACES: dict[str, Callable[..., Any]] = {
+    "tile_start": lambda t, tile, tokens, each, size: tile // each * tokens + tile % each * size if t is None
+    else _read(t, tile),
+    "tile_stop": lambda t, tile, tokens, each: (tile // each + 1) * tokens if t is None else _read(t, tile),
+    "sequence_start": lambda t, sequence, tokens: sequence * tokens if t is None else _read(t, sequence),
+    "sequence_tile": lambda t, sequence, each: sequence * each if t is None else _read(t, sequence),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Pointer:
     """Offsets into a flat tensor."""
@@ -65,7 +79,7 @@ class Launch:
 
     kernel: Kernel
     grid: tuple[int, ...]
-    memory: Mapping[str, Tensor | int]
+    memory: Mapping[str, Tensor | int | None]
     constants: Mapping[str, int | float]
     dtype: torch.dtype = torch.float64
     program: tuple[int, ...] = ()
@@ -90,8 +104,7 @@ class Launch:
                     self.values[s.name] = step
                     self.body(s.body)
             elif isinstance(s, If):
-                if bool(self.value(s.cond)):
-                    self.body(s.body)
+                self.body(s.body if bool(self.value(s.cond)) else s.orelse)
             elif isinstance(s, Store):
                 pointer: Pointer = self.value(s.pointer)
                 offset, seen = pointer.at(None if s.mask is None else self.value(s.mask))
@@ -160,6 +173,8 @@ class Launch:
             return torch.gather(args[0], args[2], args[1])
         if e.op == "masked_sum":
             return args[0].to(self.dtype) @ args[1]
+        if e.op in PLACES:
+            return PLACES[e.op](*args)
         if e.op == "neg":
             return -args[0]
         return FUNCTIONS[e.op](*(torch.as_tensor(a) for a in args))

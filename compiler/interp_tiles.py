@@ -42,7 +42,9 @@ def value_of(m: Interpreter, node: T.Tile | T.Untile | T.Span | T.Contract | T.S
     if node.fn == "whole":
         return x.sum(along)
     places = torch.arange(x.shape[along])
-    mask = places[:, None] > places if node.fn == "before" else places[:, None] < places
+    mask = {"before": torch.gt, "upto": torch.ge, "after": torch.lt, "onward": torch.le}[node.fn](
+        places[:, None], places
+    )
     sums: Tensor = torch.tensordot(mask.to(x.dtype), x.movedim(along, 0), 1)
     return sums.movedim(0, along)
 

@@ -296,7 +296,7 @@ class Write(Frozen):
 
 
 class Query(Frozen):
-    """A read of the state when the step starts: the sum over one side of arg times the state."""
+    """A read of the state: the sum over one side of arg times the state."""
 
     side: Literal["i", "j"]
     arg: str
@@ -310,8 +310,10 @@ class Scan(Node):
 
     With the state's axes split into `batch`, `i` and `j`:
     S_t = A_t * S_{t-1} + sum_r W_r[i] V_r[j], A_t a product of gates, none over both i and j axes.
-    Results, read by `Out`: each query at the state before the update; then `trajectory` (the same state, whole) if
-    i and j are empty; last the final state. `algebra` max-plus: S_t = max(A_t + S_{t-1}, W_t), i and j empty.
+    A step does three things in a circle, of which `start` is the first: `read`, `gate` (times A_t), `write`. A scan
+    that starts with its read reads the state before the update, one that starts with its gate the state after it.
+    Results, read by `Out`: each query; then `trajectory` (the state before the update, whole) if i and j are empty;
+    last the final state. `algebra` max-plus: S_t = max(A_t + S_{t-1}, W_t), i and j empty.
     `reverse` runs from the last token to the first. `declared` is the spec's order of the state's axes.
     `stop`: no gradient passes from one step to the next. `within`: it starts anew in each of those chunks.
 
@@ -333,6 +335,7 @@ class Scan(Node):
     writes: tuple[Write, ...] = ()
     add: str | None = None
     queries: tuple[Query, ...] = ()
+    start: Literal["read", "gate", "write"] = "read"
     initial: str | None = None
     reverse: bool = False
     stop: bool = False
@@ -434,8 +437,8 @@ def _recaptured(body: Graph, names: dict[str, str]) -> Graph:
 class GateGradient(Node):
     """The gradient of gate number `gate` of a scan, from the scan and its adjoint: the reversed scan of gradients.
 
-    With S before each step, L the adjoint before its own step, A the transition: the sum of A S L over the axes that
-    the gate lacks. For a gate that is no logarithm, A is without it. It reads the trajectories of both scans."""
+    With S and L the states of the scan and its adjoint as they meet the gate, A the transition: the sum of A S L over
+    the axes that the gate lacks. For a gate that is no logarithm, A is without it. It reads both trajectories."""
 
     kind: Literal["gate_gradient"] = "gate_gradient"
     scan: str

@@ -39,10 +39,11 @@ class Untile(Unary):
 
 
 class Span(Unary):
-    """For each place, the sum over the places `before` it or `after` it (itself excluded), or over the `whole` axis."""
+    """For each place, the sum over the places `before` it or `after` it (itself excluded), `upto` it or `onward` from
+    it (itself included), or over the `whole` axis."""
 
     kind: Literal["span"] = "span"
-    fn: Literal["before", "after", "whole"]
+    fn: Literal["before", "after", "upto", "onward", "whole"]
     axis: AxisName
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -87,8 +88,8 @@ def without(name: str) -> Callable[[Statement], Statement | None]:
 def test_rejects_names() -> None:
     kernel = kernel_of("read_j")
     refused(mapped(kernel, without("has_i")), "'has_i' is not defined")
-    start = lambda s: None if isinstance(s, Let) and s.name == "out_query" and not s.add else s
-    refused(mapped(kernel, start), "'out_query' is added to before it is defined")
+    start = lambda s: None if isinstance(s, Let) and s.name == "out_q" and not s.add else s
+    refused(mapped(kernel, start), "'out_q' is added to before it is defined")
     refused(replace(kernel, arguments=("g", *kernel.arguments)), "argument 'g' is no pointer")
     refused(replace(kernel, arguments=kernel.arguments[1:]), f"'{kernel.arguments[0]}' is not defined")
     loop = Loop("part", parse_expr("tl.cdiv(I, BI)"), "blocks of side i", (Let("inside", parse_expr("C")),))
@@ -118,14 +119,14 @@ def test_rejects_shapes() -> None:
     def put(text: str) -> Kernel:
         return mapped(kernel, lambda s: replace(s, value=parse_expr(text)) if getattr(s, "add", False) else s)
 
-    refused(put("tl.dot(query, states[:, :, None])"), "[:, :, None] of a value")
+    refused(put("tl.dot(q, states[:, :, None])"), "[:, :, None] of a value")
     refused(put("tl.dot(states, states)"), "not (BI)")
     refused(put("tl.dot(row, states)"), "tl.dot of what is no matrix")
-    refused(put("tl.sum(query, 2)"), "a sum over axis 2")
-    refused(put("query"), "meets")
+    refused(put("tl.sum(q, 2)"), "a sum over axis 2")
+    refused(put("q"), "meets")
     refused(put("tl.load(col_j)"), "it is no pointer")
-    refused(put("tl.load((query_ptr + row) * I)"), "an offset is added to a pointer")
-    refused(put("tl.sort(query)"), "'tl.sort' is no function of kernels")
+    refused(put("tl.load((q_ptr + row) * I)"), "an offset is added to a pointer")
+    refused(put("tl.sort(q)"), "'tl.sort' is no function of kernels")
 
 
 def test_rejects_loops_over_tokens() -> None:
@@ -164,7 +165,8 @@ class Batch:
             start += list(range(token, token + length, C))
             stop += [token + length] * count[-1]
             token += length
-        named = {"tile_start": start, "tile_stop": stop, "first_tile": first, "tile_count": count}
+        offsets = [0, *itertools.accumulate(self.lengths)]
+        named = {"tile_start": start, "tile_stop": stop, "first_tile": first, "tile_count": count, "offsets": offsets}
         return {f"{n}_ptr": torch.tensor(x, dtype=torch.int64) for n, x in named.items()}
 
 
@@ -182,11 +184,12 @@ class Launches:
     def run(self, launch: T.Kernel, block: int) -> None:
         kernel = self.scan.kernels[launch.role]
         passed = {v: k for k, v in PASSED.get(launch.role, {}).items()}
-        memory = {f"{passed.get(n, n)}_ptr": x.view(-1) for n, x in self.memory.items()} | self.table
+        memory: dict[str, Tensor | int] = {f"{passed.get(n, n)}_ptr": x.view(-1) for n, x in self.memory.items()}
+        memory |= {**self.table, "tokens": -1, "each": -1}
         constants = {**self.sizes, "C": C, "LEVELS": C.bit_length() - 1, "BI": block, "BJ": block}
         rows = self.table["tile_start_ptr"].numel() if launch.rows == "tiles" else len(self.batch.lengths)
         blocks = [-(-self.sizes[s.upper()] // block) for s in launch.blocks]
-        grid = (rows, math.prod(blocks), self.sizes["H"]) if blocks else (rows, self.sizes["H"])
+        grid = (rows * math.prod(blocks) * self.sizes["H"],) if blocks else (rows, self.sizes["H"])
         if launch.role == "token":
             constants |= {"BI": 32}
         Launch(kernel, grid, memory, constants).run()

@@ -122,7 +122,7 @@ def test_launches(name: str) -> None:
         assert 2 <= len(forward) <= 3 and 3 <= len(backward) <= 6
 
 
-TABLE = {"tile_start", "tile_stop", "first_tile", "tile_count"}
+PLACES = {"tile_start", "tile_stop", "first_tile", "offsets", "tokens", "each"}
 PASSED = {"ends": {"initial": "d_last", "last": "d_initial", "states": "ends"}, "token": {"next": "last"}}
 
 
@@ -138,7 +138,7 @@ def test_kernels_read_and_write_what_the_graph_says(name: str, index: int, role:
     names = known | given | {f"d_{k}": f"d_{n}" for k, n in known.items()}
     names |= {f"d_{k}_edges": f"d_{n}" for k, n in known.items()}
     wanted = {names.get(r, r) for r in launch.reads} | {names.get(n, n) for n, _ in launch.body.outputs}
-    pointers = {a.removesuffix("_ptr") for a in kernel.arguments} - TABLE
+    pointers = {a.removesuffix("_ptr") for a in kernel.arguments} - PLACES
     assert {PASSED.get(role, {}).get(p, p) for p in pointers} == wanted
     stored = {e.op.removesuffix("_ptr") for s in kernel.statements() if isinstance(s, Store) for e in s.pointer.walk()}
     stored = {PASSED.get(role, {}).get(p, p) for p in stored}

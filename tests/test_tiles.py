@@ -135,7 +135,7 @@ def test_rejects_exponents_that_may_be_positive(tiles: Graph) -> None:
 
 
 def test_rejects_pairs_of_tokens_and_trajectories(tiles: Graph) -> None:
-    both = T.Contract(id="new", left="k", right="query_tiles", over=("h", "i"), axes=("t", "tile", "place"))
+    both = T.Contract(id="new", left="k", right="q_tiles", over=("h", "i"), axes=("t", "tile", "place"))
     rejected(insert(tiles, both), "new", "it is over t and tile")
     each: Any = T.Contract(id="new", left="k_tiles", right="v_tiles", over=(), axes=("tile", "h", "place", "i", "j"))
     rejected(insert(tiles, each), "new", "keeps a state for each token")
@@ -186,7 +186,7 @@ def test_a_kernel_computes_no_more_than_it_writes(kernels: Graph) -> None:
     roles = {k.role: k.body for k in kernels.of_kind(T.Kernel)}
     assert set(roles) == {"ends", "grad_j", "grad_i", "edges_i", "gate_i"}
     assert not roles["ends"].of_kind(T.Halving) and not roles["edges_i"].of_kind(T.Halving)
-    assert {n.name for n in roles["gate_i"].of_kind(N.Input)} == {"g", "k", "v", "query", "d_out_query", "d_g_edges"}
+    assert {n.name for n in roles["gate_i"].of_kind(N.Input)} == {"g", "k", "v", "q", "d_out_q", "d_g_edges"}
     (halving,) = roles["grad_j"].of_kind(T.Halving)
     assert len(halving.totals) == len(halving.parts) == 1
 

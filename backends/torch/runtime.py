@@ -174,6 +174,15 @@ class Sequences:
         )
         return result
 
+    def places(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int, int]:
+        """For kernels: sequences' first tokens [N + 1], `tile_table`'s first three, tokens and tiles of a row, tiles in
+        all. A dense batch has no tables."""
+        if self.packed:
+            start, stop, first, _ = self.tile_table()
+            return self.offsets, start, stop, first, self.tokens, start.shape[0], start.shape[0]
+        each = -(-self.tokens // TILE)
+        return None, None, None, None, self.tokens, each, self.rows * each
+
     def tile(self, x: Tensor) -> Tensor:
         """[B, T, H, D] in tiles [n, H, C, D], 0 where a tile goes beyond its sequence."""
         if not self.packed:
@@ -371,6 +380,16 @@ def after(x: Tensor) -> Tensor:
     return F.pad(x[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
 
 
+def upto(x: Tensor) -> Tensor:
+    """Prefix sums along the tokens of a tile, each token's own value included."""
+    return x.cumsum(-2)
+
+
+def onward(x: Tensor) -> Tensor:
+    """Suffix sums along the tokens of a tile, each token's own value included."""
+    return x.flip(-2).cumsum(-2).flip(-2)
+
+
 def levels() -> Iterator[int]:
     """Half sizes of the blocks in which pairs of tokens are anchored: each pair lies across one block's middle."""
     half = TILE // 2
@@ -447,6 +466,17 @@ def uncast(function: Function) -> Function:
         real = [x.to(wide) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
         with no_autocast(tensors[0].device):
             return function(*real)
+
+    return run  # type: ignore[return-value]
+
+
+def as_given(function: Function) -> Function:
+    """The function without autocast, operands as they are."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with no_autocast(next(x for x in args if isinstance(x, Tensor)).device):
+            return function(*args)
 
     return run  # type: ignore[return-value]
 

@@ -20,8 +20,8 @@ from chunkc.ir.graph import Graph
 
 Layout = tuple[str, str]
 SUM, PRODUCT, ATOM = 1, 2, 3  # how tightly a text binds
-FUNCTIONS = frozenset(("seq", "ctx", "before", "after", "halves", "half", "levels", "log_gate", "operands", "torch",
-                       "Any", "Tensor", "Sequences", "LOG_SMALL"))  # fmt: skip
+FUNCTIONS = frozenset(("seq", "ctx", "before", "after", "upto", "onward", "halves", "half", "levels", "log_gate",
+                       "operands", "torch", "Any", "Tensor", "Sequences", "LOG_SMALL"))  # fmt: skip
 UNNAMED = {"*": "product", "+": "total", "contract": "product"}
 NAMED = ("decay", "reads_i", "reads_j", "written_i", "written_j")  # these have lines even if they are used once
 STATES = "what each tile adds to the state, and the state at each tile's start"

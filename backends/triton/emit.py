@@ -8,10 +8,12 @@ from chunkc.backends.attend import Form, Tile
 from chunkc.backends.body import Body
 from chunkc.backends.scan import Operand, ScanForm, scan_form
 from chunkc.backends.triton.attend import Kernels, attention_kernels
+from chunkc.backends.triton.gates import GateKernel, GatePlan
 from chunkc.backends.triton.kernel import Kernel
 from chunkc.backends.triton.launch import emit_attention
 from chunkc.backends.triton.pairs import NoKernel
 from chunkc.backends.triton.schedule import SideKernel, SidePlan, pass_kernel
+from chunkc.backends.triton.tables import default_schedule
 from chunkc.backends.triton.vector import step_kernel, vector_kernel
 from chunkc.backends.triton.verify import verify_kernel
 from chunkc.backends.writer import Lines, Writer, identifier
@@ -38,12 +40,22 @@ def kernels_of(form: ScanForm, lines: Lines, spans: dict[str, str]) -> dict[str,
         if launch.rows == "sequences":
             out[launch.role] = pass_kernel(form, lines, spans, reverse=launch in backward)
         else:
-            plan = _plan(form, launch)
-            out[launch.role] = SideKernel(form, plan, f"{form.name}_{launch.role}", spans).build()
+            out[launch.role] = _side_kernel(form, launch, spans)
     out["token"] = step_kernel(form, lines)
     for kernel in out.values():
         verify_kernel(kernel)
     return out
+
+
+def _side_kernel(form: ScanForm, launch: T.Kernel, spans: dict[str, str]) -> Kernel:
+    """A kernel over one side of a tile, from what it writes."""
+    (side,), name = launch.blocks, f"{form.name}_{launch.role}"
+    if launch.role.startswith(("edges", "gate")):
+        # The gradient of a gate: from the tile's edges, from pairs added to what another kernel kept of those, or both.
+        edges = launch.role.startswith("edges")
+        kept = any(r.endswith("_edges") for r in launch.reads)
+        return GateKernel(form, GatePlan(side, edges=edges or not kept, pairs=not edges), name, spans).build()
+    return SideKernel(form, _plan(form, launch), name, spans).build()
 
 
 def _plan(form: ScanForm, launch: T.Kernel) -> SidePlan:
@@ -57,13 +69,8 @@ def _plan(form: ScanForm, launch: T.Kernel) -> SidePlan:
     results = [name for name, _ in graph.outputs]
     if launch.role.startswith("read"):
         return SidePlan(side, tuple(m for m in range(len(form.queries)) if results[m] in written), (), forward=True)
-    if launch.role.startswith("grad"):
-        reads = tuple(m for m, q in enumerate(form.queries) if own[q.name])
-        return SidePlan(side, reads, tuple(range(len(form.writes))))
-    # The gradient of a gate: from the tile's edges, from pairs added to what another kernel kept of those, or both.
-    edges = launch.role.startswith("edges")
-    kept = any(r.endswith("_edges") for r in launch.reads)
-    return SidePlan(side, (), (), edges=edges or not kept, pairs=not edges)
+    reads = tuple(m for m, q in enumerate(form.queries) if own[q.name])
+    return SidePlan(side, reads, tuple(range(len(form.writes))), gate=any(own[g.name] for g in form.gates))
 
 
 def spans_of(unit: Unit, lines: Lines) -> dict[str, str]:
@@ -127,23 +134,28 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     head = len(w.lines)
     w()
     w("LEVELS = TILE.bit_length() - 1  # halvings of a tile down to single tokens")
-    w("BLOCK = 64  # columns of a side a program takes; Triton 3.6 miscompiles narrower products for Hopper")
+    w("BLOCK = 64  # columns that a program takes at least; Triton 3.6 miscompiles narrower products for Hopper")
     w()
     w()
     _settings(w)
     scans = [(u, s) for u in units for s in u.graph.of_kind(N.Scan)]
     if any(not (s.i or s.j) for _, s in scans):
         _vector(w)
-    for unit, scan in scans:
-        if scan.i or scan.j:
-            form = scan_form(scan, {n.id: n.axes for n in unit.graph.nodes}, prefix_of(unit, units))
-            _scan(form, kernels_of(form, lines, spans_of(unit, lines)), lines, w)
+    forms = [
+        (u, scan_form(s, {n.id: n.axes for n in u.graph.nodes}, prefix_of(u, units))) for u, s in scans if s.i or s.j
+    ]
+    made = [(form, kernels_of(form, lines, spans_of(unit, lines))) for unit, form in forms]
+    if made:
+        _places(w)
+        _schedules([k for _, kernels in made for role, k in kernels.items() if role != "token"], w)
+    for form, kernels in made:
+        _scan(form, kernels, lines, w)
     if attends:
         _attention_settings(w)
     for unit, node in attends:
         _attention(unit, node, prefix_of(unit, units), tiles[unit.name][node.id], lines, w)
     exact = "exact, " if any("exact(" in line for line in w.lines) else ""  # sizes that a kernel divides
-    w.lines.insert(head, f"from ._runtime import LOG_SMALL, TILE, Sequences, {exact}log_gate, once, uncast")
+    w.lines.insert(head, f"from ._runtime import LOG_SMALL, TILE, Sequences, as_given, {exact}log_gate, once, uncast")
     if ahead:
         w()
         w()
@@ -185,24 +197,78 @@ def _attention(unit: Unit, node: N.Attend, prefix: str, tiles: list[Tile], lines
 
 def _settings(w: Writer) -> None:
     with w.indented("def types_of(given: torch.dtype) -> dict[str, Any]:"):
-        w('"""The operand type of products, their precision, and whether gates are summed in two halves."""')
+        w(
+            '"""The operand type of products, their precision, and the parts of bfloat16 that sums are taken in (0: whole)."""'
+        )
         with w.indented("if given == torch.float32 or _runtime.interpreted():"):
-            w('return {"DOT": tl.float32, "PRECISION": "ieee", "SPLIT": False}')
+            w('return {"DOT": tl.float32, "PRECISION": "ieee", "PARTS": 0}')
         with w.indented("if given == torch.float16:  # the range of float16 is too small for states and scores"):
-            w('return {"DOT": tl.float32, "PRECISION": "ieee" if torch.version.hip else "tf32", "SPLIT": True}')
-        w('return {"DOT": tl.bfloat16, "PRECISION": "ieee", "SPLIT": True}')
+            w('return {"DOT": tl.float32, "PRECISION": "ieee" if torch.version.hip else "tf32", "PARTS": 2}')
+        w('return {"DOT": tl.bfloat16, "PRECISION": "ieee", "PARTS": 2}')
     w()
     w()
     w("@triton.jit")
-    with w.indented("def masked_sum(mask, x, SPLIT: tl.constexpr):"):
-        w('"""For each row, the sum of the rows of x that its mask names; split, to 16 bits of each summand."""')
-        with w.indented("if SPLIT:"):
-            w("high = x.to(tl.bfloat16)")
-            w("low = (x - high.to(tl.float32)).to(tl.bfloat16)")
-            w("total = tl.dot(mask.to(tl.bfloat16), high) + tl.dot(mask.to(tl.bfloat16), low)")
-        with w.indented("else:"):
+    with w.indented("def masked_sum(mask, x, PARTS: tl.constexpr):"):
+        w('"""For each row, the sum of the rows of x that its mask names; in parts, to 8 or 16 bits of a summand."""')
+        with w.indented("if PARTS == 0:"):
             w('total = tl.dot(mask.to(tl.float32), x, input_precision="ieee")')
+        with w.indented("else:"):
+            w("high = x.to(tl.bfloat16)")
+            w("total = tl.dot(mask.to(tl.bfloat16), high)")
+            with w.indented("if PARTS == 2:"):
+                w("low = (x - high.to(tl.float32)).to(tl.bfloat16)")
+                w("total = tl.dot(mask.to(tl.bfloat16), low, total)")
         w("return total")
+
+
+PLACES = {
+    "tile_start": ("table_ptr, tile, tokens, each, C: tl.constexpr", "table_ptr",
+                   "tile // each * tokens + tile % each * C", "tile", "The first token of a tile."),
+    "tile_stop": ("table_ptr, tile, tokens, each", "table_ptr", "(tile // each + 1) * tokens", "tile",
+                  "The end of a tile's sequence."),
+    "sequence_start": ("offsets_ptr, sequence, tokens", "offsets_ptr", "sequence * tokens", "sequence",
+                       "The first token of a sequence."),
+    "sequence_tile": ("table_ptr, sequence, each", "table_ptr", "sequence * each", "sequence",
+                      "The first tile of a sequence."),
+}  # fmt: skip
+
+
+def _places(w: Writer) -> None:
+    """Where tiles lie: as tables of a packed batch say; rows of a dense one have equally many."""
+    for name, (arguments, table, dense, index, doc) in PLACES.items():
+        w()
+        w()
+        w("@triton.jit")
+        with w.indented(f"def {name}({arguments}):"):
+            w(f'"""{doc}"""')
+            with w.indented(f"if {table} is None:"):
+                w(f"found = {dense}")
+            with w.indented("else:"):
+                w(f"found = tl.load({table} + {index})")
+            w("return found")
+
+
+def _schedules(kernels: list[Kernel], w: Writer) -> None:
+    """A table of the kernels' schedules, and how one becomes the options of a launch."""
+    w()
+    w()
+    w("# Columns of the sides i and j that a program takes, warps, stages: with products in bfloat16, and in float32.")
+    with w.indented("SCHEDULES: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {"):
+        for kernel in kernels:
+            w(f'"{kernel.name}": ({default_schedule(kernel, False)}, {default_schedule(kernel, True)}),')
+    w("}")
+    w()
+    w()
+    with w.indented("def schedule(kernel: str, I: int, J: int, types: dict[str, Any]) -> dict[str, int]:"):
+        w('"""Blocks, warps and stages of a kernel; a block is no wider than its side needs."""')
+        w('i, j, warps, stages = SCHEDULES[kernel][types["DOT"] == tl.float32]')
+        w("i, j = (min(b, max(BLOCK, triton.next_power_of_2(n))) for b, n in ((i, I), (j, J)))")
+        w('return {"BI": i, "BJ": j, "num_warps": warps, "num_stages": stages}')
+    w()
+    w()
+    with w.indented("def gate_parts(types: dict[str, Any], *gates: Tensor) -> int:"):
+        w('"""In how many parts gates are summed: one, if they are stored in bfloat16."""')
+        w('return min(types["PARTS"], 1 if all(g.dtype == torch.bfloat16 for g in gates) else 2)')
 
 
 def _vector(w: Writer) -> None:
@@ -251,13 +317,14 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
             w(f"{''.join(n + ', ' for n in names).rstrip()} = operands")
             _prepare(form, w)
             w("initial = initial.contiguous()")
-            w("states = initial.new_empty((tiles, H, I, J))")
+            w('kept = torch.bfloat16 if types["DOT"] == tl.bfloat16 else initial.dtype')
+            w("states = initial.new_empty((tiles, H, I, J), dtype=kept)")
             w("last = torch.empty_like(initial)")
             forward, backward, (token,) = launches(form)
             _launch(kernels, forward[0], w)
             for q, out in zip(form.queries, outs):
-                size = "J" if q.side == "i" else "I"
-                w(f"{out} = {names[0]}.new_empty((*{names[0]}.shape[:3], {size}))")
+                like = form.writes[0][q.side == "i"].name  # of the side that the result is over
+                w(f"{out} = torch.empty_like({like})")
             for launch in forward[1:]:
                 _launch(kernels, launch, w)
             w("ctx.seq = seq")
@@ -265,7 +332,7 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
             w(f"return {', '.join([*outs, 'last'])}")
         w()
         w("@staticmethod")
-        w("@uncast")
+        w("@as_given")
         grads = [f"d_{o}" for o in outs]
         typed_grads = ", ".join(f"{g}: Tensor" for g in [*grads, "d_last"])
         with w.indented(f"def backward(ctx: Any, {typed_grads}) -> tuple[Tensor | None, ...]:"):
@@ -276,9 +343,9 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
     _step(form, kernels[token.role], names, typed, w)
     w()
     w()
-    w("@uncast")
+    w("@as_given")
     with w.indented(f"def {form.name}_scan(seq: Sequences, {typed}, initial: Tensor) -> tuple[Tensor, ...]:"):
-        w('"""Operands [B, T, H, D]; gives each read before the update, and the last state."""')
+        w(f'"""Operands [B, T, H, D]; gives each read {when(form)} the update, and the last state."""')
         grad = f"any(x.requires_grad for x in ({', '.join(names)}, initial))"
         with w.indented(f"if seq.one_token and not (torch.is_grad_enabled() and {grad}):"):
             w(f"return {form.name}_step(seq, {', '.join(names)}, initial)")
@@ -289,33 +356,39 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
 def _prepare(form: ScanForm, w: Writer) -> None:
     """Sizes, tiles, and the logarithms of gates that are none."""
     i, j = form.writes[0]
-    w("start, stop, first, count = seq.tile_table()")
+    w("offsets, start, stop, first, tokens, each, tiles = seq.places()")
     w("types = types_of(seq.given)")
-    w(f"tiles, H, I, J = start.numel(), {i.name}.shape[2], {i.name}.shape[3], {j.name}.shape[3]")
+    w(f"H, I, J = {i.name}.shape[2], {i.name}.shape[3], {j.name}.shape[3]")
     for g in form.gates:
         if g.raw:
-            w(f"{g.name} = log_gate({g.name})")
+            w(f"{g.name} = log_gate({g.name}.float())")
+    if form.gates:
+        w(f"parts = gate_parts(types, {', '.join(g.name for g in form.gates)})")
+
+
+def when(form: ScanForm) -> str:
+    """When a scan's reads are."""
+    return "before" if form.scan.start == "read" else "after"
 
 
 def _argument(name: str) -> str:
-    return {"tile_start": "start", "tile_stop": "stop", "first_tile": "first", "tile_count": "count"}.get(name, name)
+    return {"tile_start": "start", "tile_stop": "stop", "first_tile": "first"}.get(name, name)
 
 
 def _launch(kernels: dict[str, Kernel], launch: T.Kernel, w: Writer, rename: dict[str, str] | None = None) -> None:
     """A launch: programs over rows (tiles or sequences), blocks of a side or both, heads."""
     kernel = kernels[launch.role]
     rows = "seq.count" if launch.rows == "sequences" else "tiles"
-    count = " * ".join(f"triton.cdiv({s.upper()}, BLOCK)" for s in launch.blocks)
+    count = " * ".join(f'triton.cdiv({s.upper()}, chosen["B{s.upper()}"])' for s in launch.blocks)
     arguments = [_argument(a.removesuffix("_ptr")) for a in kernel.arguments]
     arguments = [(rename or {}).get(a, a) for a in arguments]
-    given = {"H": "H", "I": "I", "J": "J", "C": "TILE", "LEVELS": "LEVELS", "BI": "BLOCK", "BJ": "BLOCK"}
-    types = [c for c in ("DOT", "PRECISION", "SPLIT") if c in kernel.constants]
+    given = {"H": "H", "I": "I", "J": "J", "C": "TILE", "LEVELS": "LEVELS", "GATE_PARTS": "parts"}
+    given |= {c: f'types["{c}"]' for c in ("DOT", "PRECISION", "PARTS")}
     with w.indented(f"if {rows}:"):
-        w(f"{kernel.name}[({rows}, {count}, H)](")
+        w(f'chosen = schedule("{kernel.name}", I, J, types)')
+        w(f"{kernel.name}[({rows} * H * {count},)](")
         w(f"    {', '.join(arguments)},")
-        w(f"    {', '.join(f'{c}={given[c]}' for c in kernel.constants if c in given)},")
-        chosen = ", ".join(f'{c}=types["{c}"]' for c in types)
-        w(f"    {chosen}, num_warps={kernel.warps}, num_stages=1,")
+        w(f"    {', '.join(f'{c}={given[c]}' for c in kernel.constants if c in given)}, **chosen,")
         w(")")
 
 
@@ -332,7 +405,7 @@ def _backward(form: ScanForm, kernels: dict[str, Kernel], backward: list[T.Kerne
     w("ends, d_initial = torch.empty_like(states), torch.empty_like(d_last)")
     _launch(kernels, backward[0], w, {"initial": "d_last", "last": "d_initial", "states": "ends"})
     for o in form.operands():
-        w(f"d_{o.name} = {_gradient_buffer(o)}")
+        w(f"d_{o.name} = {_gradient_buffer(form, o)}")
     raised: set[str] = set()
     for launch in backward[1:]:
         raised = _raise_gates(form, raised_by(form, launch), raised, w)
@@ -341,7 +414,9 @@ def _backward(form: ScanForm, kernels: dict[str, Kernel], backward: list[T.Kerne
         if g.thin:
             w(f"d_{g.name} = d_{g.name}.sum(-1, keepdim=True)")
         if g.raw:
-            w(f"d_{g.name} = d_{g.name} / {g.name}_value.clamp(min=2.0**-40)")
+            w(f"d_{g.name} = d_{g.name} / {g.name}_value.float().clamp(min=2.0**-40)")
+        if g.thin or g.raw:
+            w(f"d_{g.name} = d_{g.name}.to({g.name}{'_value' if g.raw else ''}.dtype)")
     w(f"return None, {', '.join(f'd_{n}' for n in names)}, d_initial")
 
 
@@ -359,17 +434,19 @@ def _raise_gates(form: ScanForm, wanted: set[str], raised: set[str], w: Writer) 
     for g in form.gates:
         if g.name in wanted - raised:
             w(f"# {g.name} is divided out of its gradient, so that exact zeros have one")
-            w(f"{g.name} = log_gate({g.name}_value, LOG_SMALL)")
+            w(f"{g.name} = log_gate({g.name}_value.float(), LOG_SMALL)")
         elif g.name in raised - wanted:
-            w(f"{g.name} = log_gate({g.name}_value)")
+            w(f"{g.name} = log_gate({g.name}_value.float())")
     return wanted
 
 
-def _gradient_buffer(o: Operand) -> str:
+def _gradient_buffer(form: ScanForm, o: Operand) -> str:
     if not o.thin:
         return f"torch.empty_like({o.name})"
-    size = "I" if o.side == "i" else "J"
-    return f"{o.name}.new_empty((*{o.name}.shape[:3], triton.cdiv({size}, BLOCK)))"
+    role = f"{'edges' if o.raw else 'grad'}_{o.side}"
+    block = f'schedule("{form.name}_{role}", I, J, types)["B{o.side.upper()}"]'
+    size = f"triton.cdiv({o.side.upper()}, {block})"
+    return f"{o.name}.new_empty((*{o.name}.shape[:3], {size}), dtype=torch.float32)"
 
 
 def _step(form: ScanForm, kernel: Kernel, names: list[str], typed: str, w: Writer) -> None:

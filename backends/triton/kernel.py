@@ -23,7 +23,7 @@ OVER = {
     "tl.cdiv(J, BJ)": "blocks of side j",
 }
 TILES = re.compile(r"tl\.cdiv\(length\w*, B([QR])\)")
-CONSTANTS = ("H", "I", "J", "D", "C", "LEVELS", "BI", "BJ", "BD", "BQ", "BR", "DOT", "PRECISION", "SPLIT")
+CONSTANTS = ("H", "I", "J", "D", "C", "LEVELS", "BI", "BJ", "BD", "BQ", "BR", "DOT", "PRECISION", "PARTS", "GATE_PARTS")
 
 
 def over(stop: str, sizes: tuple[str, ...]) -> str:
@@ -168,9 +168,9 @@ def dot(a: Expr, b: Expr) -> Expr:
     return call("tl.dot", a.to("DOT"), b.to("DOT"), input_precision="PRECISION")
 
 
-def masked_sum(mask: Expr, x: Expr) -> Expr:
-    """For each row, the sum of the rows of x that its mask names: a product with zeros and ones."""
-    return call("masked_sum", mask, x, "SPLIT")
+def masked_sum(mask: Expr, x: Expr, parts: str) -> Expr:
+    """For each row, the sum of the rows of x that its mask names: a product with zeros and ones, in so many parts."""
+    return call("masked_sum", mask, x, parts)
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,11 @@ class Loop:
 
 @dataclass(frozen=True)
 class If:
-    """if cond: of a scalar that is the same for the whole program."""
+    """if cond, else: of a scalar that is the same for the whole program."""
 
     cond: Expr
     body: tuple[Statement, ...]
+    orelse: tuple[Statement, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,8 @@ class Kernel:
                 yield s
                 if isinstance(s, Loop | If):
                     yield from walk(s.body)
+                if isinstance(s, If):
+                    yield from walk(s.orelse)
 
         return walk(self.body)
 
@@ -289,6 +292,9 @@ def _print_body(body: tuple[Statement, ...], w: Writer) -> None:
         elif isinstance(s, If):
             with w.indented(f"if {s.cond.text()}:"):
                 _print_body(s.body, w)
+            if s.orelse:
+                with w.indented("else:"):
+                    _print_body(s.orelse, w)
         else:
             with w.indented(f"for {s.name} in range({s.stop.text()}):"):
                 _print_body(s.body, w)
@@ -323,4 +329,22 @@ class Builder:
         outer, self.body = self.body, []
         yield Expr(name)
         outer.append(Loop(name, lift(stop), over, tuple(self.body)))
+        self.body = outer
+
+    @contextmanager
+    def when(self, cond: Expr) -> Iterator[None]:
+        """What is done if a scalar is true."""
+        outer, self.body = self.body, []
+        yield
+        outer.append(If(cond, tuple(self.body)))
+        self.body = outer
+
+    @contextmanager
+    def otherwise(self) -> Iterator[None]:
+        """What is done else; right behind `when`."""
+        outer, self.body = self.body, []
+        yield
+        last = outer.pop()
+        assert isinstance(last, If) and not last.orelse, "there is nothing to be done otherwise"
+        outer.append(If(last.cond, last.body, tuple(self.body)))
         self.body = outer

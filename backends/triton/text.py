@@ -91,8 +91,9 @@ class _Reader:
             if not (what := over(stop.text(), self.sizes)):
                 raise ValueError(f"line {node.lineno}: a loop over {stop.text()}")
             return Loop(node.target.id, stop, what, self.body(node.body, node.lineno))
-        if isinstance(node, ast.If) and not node.orelse:
-            return If(self.expr(node.test), self.body(node.body, node.lineno))
+        if isinstance(node, ast.If):
+            orelse = self.body(node.orelse, node.orelse[0].lineno) if node.orelse else ()
+            return If(self.expr(node.test), self.body(node.body, node.lineno), orelse)
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             call = node.value
             if ast.unparse(call.func) == "tl.store":

@@ -17,7 +17,8 @@ ELEMENTWISE = (
     "tl.where", "tl.maximum", "tl.minimum", "tl.exp", "tl.log", "tl.sqrt", "tl.abs", "tl.floor", "tl.sigmoid", "tl.sin",
     "tl.cos", "tl.erf", "neg",
 )  # fmt: skip
-LENGTHS = ("queries", "rows")  # arguments that are numbers: how many places there are for a sequence
+LENGTHS = ("queries", "rows", "tokens", "each")  # arguments that are numbers: places of a sequence, its tiles
+PLACES = ("tile_start", "tile_stop", "sequence_start", "sequence_tile")  # functions beside the kernels: where tiles lie
 BOUNDS = {"row": "stop", "col_i": "I", "col_j": "J", "col": "D"}  # where ranges end: with a sequence, with a side
 
 
@@ -78,6 +79,7 @@ class _Walk:
                 self.same(self.value(s.cond, known).shape, ())
                 self.loops.append("if")  # what is first defined inside does not exist behind it
                 self.body(s.body, {**known})
+                self.body(s.orelse, {**known})
                 self.loops.pop()
             else:
                 assert isinstance(s, Note)
@@ -173,7 +175,7 @@ class _Walk:
 
     def call(self, e: Expr, args: list[Known], known: dict[str, Known]) -> Known:
         keywords = dict(e.keywords)
-        if e.op in ("tl.program_id", "tl.cdiv"):
+        if e.op in ("tl.program_id", "tl.cdiv", *PLACES):
             return Known()
         if e.op == ".to":
             return args[0]

@@ -124,6 +124,13 @@ class Read:
     parts: tuple[str, ...]
 
 
+def since(scan: N.Scan) -> Literal["before", "upto"]:
+    """The gates between an earlier state and a token's read of it: its own gate too, if that comes before the read.
+
+    In a reversed scan this is so for writes, which meet the token's own gate if they come before it."""
+    return "before" if scan.start == "read" else "upto"
+
+
 class Tiler:
     """Builds the graph over tiles of a graph at the normal level."""
 
@@ -219,7 +226,7 @@ class Tiler:
         gate = self.gate(scan, side)
         if gate is None:
             return None
-        sums = self.span(self.b, gate, "after" if to_end else "before", self.names.place)
+        sums = self.span(self.b, gate, "after" if to_end else since(scan), self.names.place)
         return self.b.map("exp", sums, hint=f"{'to_end' if to_end else 'from_start'}_{side}")
 
     def at_edge(self, scan: N.Scan, arg: str, side: Side, to_end: bool) -> str:
@@ -278,6 +285,7 @@ class Tiler:
             return
         query = scan.queries[node.index]
         read = self.read(scan, query.side, query.arg, node.id)
+        read = read if scan.start == "read" else self.with_own(scan, query, read)
         self.done[node.id] = read.edge
         if scan.gates:
             self.add_parts(node.id, read.edge, [(read.half, part) for part in read.parts])
@@ -301,6 +309,18 @@ class Tiler:
         half: Half = "earlier" if scan.reverse else "later"
         inside = self.inside if scan.gates else self.ungated
         return Read(edge, half, tuple(inside(scan, side, arg, w) for w in scan.writes))
+
+    def with_own(self, scan: N.Scan, query: N.Query, read: Read) -> Read:
+        """A read with the token's own writes: these pass no gate."""
+        edge = read.edge
+        for w in scan.writes:
+            near, far = (w.i, w.j) if query.side == "i" else (w.j, w.i)
+            product = self.b.map("*", self.tile(query.arg), self.tile(near))
+            over = side_axes(scan, query.side)
+            axes = tuple(a for a in self.b.nodes[product].axes if a not in over)
+            own = self.b.add(N.Reduce, "own", fn="sum", arg=product, over=over, axes=axes) if over else product
+            edge = self.b.map("+", edge, self.b.map("*", own, self.tile(far)), hint=edge)
+        return Read(edge, read.half, read.parts)
 
     # -- inside a tile -------------------------------------------------------------------------------------------------
 
@@ -335,7 +355,7 @@ class Tiler:
         gate = self.gate(scan, side)
         if gate is None:
             return None
-        fn = "after" if half == "earlier" else "before"
+        fn = "after" if half == "earlier" else since(scan)
         sums = self.span(self.pairs.body, self.half(gate, half), fn, self.names.half(half))
         return self.pairs.body.map("exp", sums, hint=f"{'low' if half == 'earlier' else 'up'}_{side}")
 
@@ -402,7 +422,8 @@ class Tiler:
         side: Side = "j" if set(node.axes) & set(scan.j) else "i"
         total = None
         straddling: list[tuple[Half, str]] = []
-        walks = (scan, "after", adjoint.writes, f"reads_{side}"), (adjoint, "before", scan.writes, f"written_{side}")
+        behind = "after" if scan.start == "read" else "onward"  # which gates a read's state has met
+        walks = (scan, behind, adjoint.writes, f"reads_{side}"), (adjoint, "before", scan.writes, f"written_{side}")
         for where, fn, pairs, hint in walks:
             flows = None
             for pair in pairs:

@@ -2,6 +2,7 @@
 
 For S_t = A_t . S_(t-1) + sum_r W_r . V_r with reads r_m = sum of C_m . S_(t-1), the gradient L of the state obeys the
 same recurrence from the last token to the first, where a query and the gradient of what it read take a write's place.
+If reads come after the update, in the reversed step the write comes first, and reads before the gate.
 Gradients of writes are reads of L, gradients of queries reads of S, a gate's gradient is a product of both. Maps around
 scans are differentiated by torch.autograd.
 """
@@ -62,7 +63,8 @@ def _out(b: Builder, scan: str, index: int, hint: str) -> str:
 
 def _adjoint(b: Builder, scan: N.Scan, last: str, **fields: object) -> str:
     """The reversed scan of the state's gradient."""
-    reverse = scan.evolve(name=f"d_{scan.name}", initial=last, reverse=True, stop=False, **fields)
+    start = {"read": "read", "gate": "write", "write": "gate"}[scan.start]  # the circle the other way round
+    reverse = scan.evolve(name=f"d_{scan.name}", initial=last, reverse=True, start=start, stop=False, **fields)
     return b.like(reverse, f"scan_d_{scan.name}")
 
 

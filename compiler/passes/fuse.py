@@ -3,8 +3,9 @@
 A matrix scan over tiles has one sequential part, the walk over the tiles of a sequence, and for each side of the state
 all that lies over that side. The walk is a kernel: a program holds a block of the state. Each side is a kernel a
 direction: a program holds what a tile has over one block of the side, and forms the tile's scores anew, since they are
-smaller to compute than to keep. Gates' gradients are kernels of their own, for registers. Scans without sides have a
-kernel that serves them all, and are left as they are.
+smaller to compute than to keep. A log-gate's gradient is made of what its side's kernel has anyway; that of a gate
+which is no logarithm, or of one beside another, has kernels of its own. Scans without sides have a kernel that serves
+them all, and are left as they are.
 """
 
 from __future__ import annotations
@@ -127,13 +128,18 @@ def _backward(scan: N.Scan, tiles: Graph) -> Graph:
     names = list(values)
     gates, rest = names[: len(scan.gates)], names[len(scan.gates) : -1]
     sides = [side for _ in scan.writes for side in SIDES] + [q.side for q in scan.queries]
+    shared = [name for name, g in zip(gates, scan.gates) if g.log and len(scan.gates) == 1]
+    gate_sides = {name: _gate_side(scan, tiles, name) for name in gates}
     for side in SIDES[::-1]:
         own = [name for name, s in zip(rest, sides) if s == side]
+        own += [name for name in shared if gate_sides[name] == side]
         kernel = f.kernel(f"grad_{side}", "tiles", (side,), [(n, values[n]) for n in own])
-        found |= {name: f.buffer(kernel, index, "result") for index, name in enumerate(own)}
+        for index, name in enumerate(own):
+            thin = name in shared and not set(tiles[values[name]].axes) & set(side_axes(scan, side))
+            found[name] = f.buffer(kernel, index, "result", blocks=side if thin else "")
     for side in SIDES[::-1]:
         for name, gate in zip(gates, scan.gates):
-            if _gate_side(scan, tiles, name) == side:
+            if gate_sides[name] == side and name not in shared:
                 found[name] = _gate(f, scan, name, values[name], side, gate.log)
     return f.b.graph((name, found[name]) for name in values)
 

@@ -16,6 +16,7 @@ from chunkc.ir.graph import Builder, Graph, gather_axes, moved_axes
 from chunkc.ir.ranges import Ranges
 from chunkc.passes.algebra import Algebra
 from chunkc.passes.place import Placement
+from chunkc.passes.reads import Read
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,6 @@ class Form:
 
     diag: dict[str, str] = field(default_factory=dict)
     rest: str | None = None
-
-
-@dataclass(frozen=True)
-class Read:
-    """A lifted node that stands for sum[over](arg * state) before the update; over = (): the state itself."""
-
-    state: str
-    over: tuple[str, ...]
-    arg: str
 
 
 class _Recurrence:

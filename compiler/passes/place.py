@@ -16,9 +16,10 @@ from chunkc.ir import nodes as N
 from chunkc.ir.graph import Builder
 from chunkc.ir.ranges import Ranges
 from chunkc.passes.algebra import Algebra, Monomial, Poly, add, mul
+from chunkc.passes.reads import AfterReads, Read
 
 if TYPE_CHECKING:
-    from chunkc.passes.normalize import Form, Read
+    from chunkc.passes.normalize import Form
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Plan:
     writes: list[N.Write] = field(default_factory=list)
     add: str | None = None
     stop: bool = False
+    start: Literal["read", "gate"] = "read"
 
     @property
     def vector(self) -> bool:
@@ -57,6 +59,7 @@ class Placement:
         self.emitted: dict[str, str] = {}
         self.finals: dict[str, str] = {}
         self.plans: dict[str, Plan] = {}
+        self.replaced: dict[str, str] = {}  # sums that are emitted with reads after the update
         self._inside: dict[str, frozenset[str]] = {}
 
     def run(self, wanted: list[str]) -> dict[str, str]:
@@ -65,12 +68,27 @@ class Placement:
             plan = self.plan(component)
             for s in component:
                 self.plans[s] = plan
+        for s, plan in self.plans.items():
+            self.read_after(s, plan, wanted)
         for id_ in wanted:
             self.emit(id_)
         for s in self.carried:
             if s not in self.finals:
                 self.place(s)
         return self.finals
+
+    def read_after(self, state: str, plan: Plan, wanted: list[str]) -> None:
+        """Let a matrix scan start with its gate, if all that is read of it is so after the update."""
+        if plan.reason or plan.vector:
+            return
+        late = AfterReads(self, state)
+        late.replaced.update(self.replaced)
+        args = [g.arg for p in self.plans.values() for g in p.gates]
+        args += [a for p in self.plans.values() for w in p.writes for a in (w.i, w.j)]
+        if late.found([*wanted, *args, *(p for s in self.carried for p in self.parts(s))]):
+            plan.start = "gate"
+            self.reads.update(late.reads)
+            self.replaced = late.replaced
 
     # -- dependence --------------------------------------------------------------------------------------------------
 
@@ -389,7 +407,9 @@ class Placement:
         if id_ in self.emitted:
             return self.emitted[id_]
         node = self.lift.nodes[id_]
-        if isinstance(node, N.Capture):
+        if id_ in self.replaced:
+            self.emitted[id_] = self.emit(self.replaced[id_])
+        elif isinstance(node, N.Capture):
             self.emitted[id_] = node.outer
         elif id_ in self.reads:
             self.place(self.reads[id_].state, id_)
@@ -407,7 +427,8 @@ class Placement:
             self.place_scan(plan, state, read)
 
     def place_scan(self, plan: Plan, state: str, read: str | None) -> None:
-        own = [r for r, x in self.reads.items() if x.state == state and r not in self.emitted]
+        after = plan.start == "gate"
+        own = [r for r, x in self.reads.items() if x.state == state and x.after == after and r not in self.emitted]
         ready = [r for r in own if r == read or not any(
             self.reads[x].state == state for x in self.reads_in(self.reads[r].arg))]  # fmt: skip
         queries: list[N.Query] = []
@@ -434,6 +455,7 @@ class Placement:
             writes=tuple(N.Write(i=self.emit(w.i), j=self.emit(w.j)) for w in plan.writes),
             add=self.emit(plan.add) if plan.add is not None else None,
             queries=tuple(queries),
+            start=plan.start,
             initial=c.initial,
             stop=plan.stop,
             span=c.span,

@@ -29,9 +29,16 @@ def step(graph: Graph, scan: N.Scan) -> Graph:
     state = b.add(N.Input, "state", name="state", axes=state_axes(scan))
     names = tuple(s.name for s in given)
     results = result_names(scan, names)
-    reads = [_read(b, scan, q, arg, state, out) for q, arg, out in zip(scan.queries, _queries(scan, names), results)]
-    if not (scan.i or scan.j):
-        reads = [state]
+    assert not scan.reverse and scan.start != "write", "only a scan's adjoint starts with its write"
+
+    def read(seen: str) -> list[str]:
+        given = zip(scan.queries, _queries(scan, names), results)
+        return [_read(b, scan, q, arg, seen, out) for q, arg, out in given] if scan.i or scan.j else [seen]
+
+    if scan.start == "gate":
+        new = _update(b, scan, names, state)
+        return b.graph(zip(results, [*read(new), new]))
+    reads = read(state)
     return b.graph(zip(results, [*reads, _update(b, scan, names, state)]))
 
 
