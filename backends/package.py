@@ -27,6 +27,12 @@ Tiles = Mapping[str, Mapping[str, list[Tile]]]  # the functions of each unit's a
 AT_RUN_TIME = Path(__file__).parent / "torch"  # modules that are copied into packages
 SHARED = Path(__file__).parent / "dist"  # those of parallel layouts
 KERNELS = Path(__file__).parent / "triton"
+TAKE = """
+
+from . import _ahead  # takes the kernels above from what was compiled already
+
+_ahead.install(globals())
+"""
 
 
 def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[str, Number], *, ahead: bool = False
@@ -42,7 +48,7 @@ def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[st
     return {
         "__init__.py": head + "\n" + _modules(units, names, lines, settings, tiles),
         "_torch.py": head + "\n" + _torch(units, lines, tiles),
-        "_kernels.py": head + "\n" + emit_kernels(units, lines, tiles, ahead),
+        "_kernels.py": head + "\n" + emit_kernels(units, lines, tiles) + (TAKE if ahead else ""),
         **{f"_{name}.py": _copied(name) for name in ("checks", "functions", "runtime")},
         **({"_chunks.py": _copied("chunks")} if any(u.graph.of_kind(N.Segment) for u in units) else {}),
         **({"_attend.py": _copied("attend")} if any(u.graph.of_kind(N.Attend) for u in units) else {}),

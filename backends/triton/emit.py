@@ -110,10 +110,8 @@ def attention_of(unit: Unit, node: N.Attend, name: str, lines: Lines) -> Kernels
     return kernels
 
 
-def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapping[str, list[Tile]]],
-                 ahead: bool = False) -> str:  # fmt: skip
-    """`_kernels.py` of a package; `tiles` are the functions of each unit's attentions. With `ahead` the module takes
-    kernels that are compiled already."""
+def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapping[str, list[Tile]]]) -> str:
+    """`_kernels.py` of a package; `tiles` are the functions of each unit's attentions."""
     w = Writer()
     attends = [(u, n) for u in units for n in u.graph.of_kind(N.Attend)]
     w("from __future__ import annotations")
@@ -128,7 +126,7 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     w("import triton.language as tl")
     w("from torch import Tensor")
     w()
-    w(f"from . import {'_ahead, ' if ahead else ''}_runtime")
+    w("from . import _runtime")
     if attends:
         w("from ._attend import Attention, Kernels, attend")
     head = len(w.lines)
@@ -156,10 +154,6 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
         _attention(unit, node, prefix_of(unit, units), tiles[unit.name][node.id], lines, w)
     exact = "exact, " if any("exact(" in line for line in w.lines) else ""  # sizes that a kernel divides
     w.lines.insert(head, f"from ._runtime import LOG_SMALL, TILE, Sequences, as_given, {exact}log_gate, once, uncast")
-    if ahead:
-        w()
-        w()
-        w("_ahead.install(globals())")
     return w.text()
 
 
@@ -197,14 +191,14 @@ def _attention(unit: Unit, node: N.Attend, prefix: str, tiles: list[Tile], lines
 
 def _settings(w: Writer) -> None:
     with w.indented("def types_of(given: torch.dtype) -> dict[str, Any]:"):
-        w(
-            '"""The operand type of products, their precision, and the parts of bfloat16 that sums are taken in (0: whole)."""'
-        )
+        w('"""For products: operand type, precision, the parts of bfloat16 that sums are taken in (0: whole), and the')
+        w('nats that a block of tokens may decay by if it is anchored at its start."""')
         with w.indented("if given == torch.float32 or _runtime.interpreted():"):
-            w('return {"DOT": tl.float32, "PRECISION": "ieee", "PARTS": 0}')
+            w('return {"DOT": tl.float32, "PRECISION": "ieee", "PARTS": 0, "LIMIT": 20.0}')
         with w.indented("if given == torch.float16:  # the range of float16 is too small for states and scores"):
-            w('return {"DOT": tl.float32, "PRECISION": "ieee" if torch.version.hip else "tf32", "PARTS": 2}')
-        w('return {"DOT": tl.bfloat16, "PRECISION": "ieee", "PARTS": 2}')
+            w('precision = "ieee" if torch.version.hip else "tf32"')
+            w('return {"DOT": tl.float32, "PRECISION": precision, "PARTS": 2, "LIMIT": 80.0}')
+        w('return {"DOT": tl.bfloat16, "PRECISION": "ieee", "PARTS": 2, "LIMIT": 80.0}')
     w()
     w()
     w("@triton.jit")
@@ -383,7 +377,7 @@ def _launch(kernels: dict[str, Kernel], launch: T.Kernel, w: Writer, rename: dic
     arguments = [_argument(a.removesuffix("_ptr")) for a in kernel.arguments]
     arguments = [(rename or {}).get(a, a) for a in arguments]
     given = {"H": "H", "I": "I", "J": "J", "C": "TILE", "LEVELS": "LEVELS", "GATE_PARTS": "parts"}
-    given |= {c: f'types["{c}"]' for c in ("DOT", "PRECISION", "PARTS")}
+    given |= {c: f'types["{c}"]' for c in ("DOT", "PRECISION", "PARTS", "LIMIT")}
     with w.indented(f"if {rows}:"):
         w(f'chosen = schedule("{kernel.name}", I, J, types)')
         w(f"{kernel.name}[({rows} * H * {count},)](")
