@@ -73,6 +73,7 @@ class Manifest(BaseModel):
     spec_sha256: str
     settings: dict[str, bool | int | float] = {}
     ahead: dict[str, str] | None = None  # what its kernels were compiled for and by, if they were
+    schedules: dict[str, dict[str, bool]] = {}  # what each layer or op demands, the settings by name
     files: dict[str, str]
     fingerprint: str
 
@@ -204,6 +205,7 @@ def pack(compiled: Compiled, emit: Emitter, settings: Mapping[str, Number], ahea
     files: dict[str, str | bytes] = {**texts, **(compile_kernels(texts, chosen) if compile_kernels else {})}
     manifest = Manifest(
         compiler=__version__, spec=source.name, spec_sha256=sha256(source.text), settings=chosen,
+        schedules={unit.name: unit.schedule.demands() for unit in compiled.units},
         ahead=None if ahead is None else dict(ahead),
         files={name: sha256(data) for name, data in files.items()}, fingerprint=fingerprint(source, settings, ahead),
     )  # fmt: skip

@@ -254,20 +254,26 @@ def _show_as(session: Session, name: str, path: str) -> None:
 @click.option(
     "--length", default=64, show_default=True, type=click.IntRange(1, 1024), help="With --mask: of sequences."
 )
-@click.option("--set", "chosen", multiple=True, metavar="NAME=VALUE", help="With --mask: fix a parameter.")
+@click.option("--set", "chosen", multiple=True, metavar="NAME=VALUE", help="With --mask or --shape: fix a parameter.")
 @click.option("--mesh", multiple=True, metavar="NAME=N", help="Ranks along an axis of the layout's mesh.")
+@click.option("--shape", metavar="AXIS=N,...", help="Estimate recurrences at sizes, as those of bench.")
+@click.option("--machine", type=click.Choice(["a100", "h100", "h200", "mi300x"]), default="h100", show_default=True,
+              help="With --shape: the accelerator.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True,
+              help="With --shape: of the operands.")  # fmt: skip
 @click.option("--png", type=click.Path(dir_okay=False, path_type=Path), metavar="PATH",
               help="With --mask: write a picture (needs the extra 'plot').")  # fmt: skip
 @_common
 @click.pass_obj
 def explain(session: Session, what: str, as_json: bool, mask: bool, length: int, chosen: tuple[str, ...],
-            mesh: tuple[str, ...], png: Path | None) -> int:  # fmt: skip
+            mesh: tuple[str, ...], shape: str | None, machine: str, dtype: str, png: Path | None) -> int:  # fmt: skip
     """Say what was derived about a spec file, or what the code of a diagnostic means."""
     if what != "-" and re.fullmatch(r"[a-z][a-z0-9-]*", what) and not Path(what).is_file():
         text = _page(what)
         click.echo(json.dumps({"code": what, "text": text}, indent=2) if as_json else text.rstrip("\n"))
         return CLEAN
     from chunkc.driver import compile_source
+    from chunkc.explain import mesh_sizes, place_asked, sizes_as_usage
     from chunkc.facts import facts, render_facts
 
     with session.collecting():
@@ -276,28 +282,10 @@ def explain(session: Session, what: str, as_json: bool, mask: bool, length: int,
         if mask or png is not None:
             _draw(compiled, length, chosen, png)
             return session.finish()
-        found = facts(compiled, _mesh(compiled, mesh)) if mesh else facts(compiled)
+        with sizes_as_usage():
+            found = facts(compiled, mesh_sizes(compiled, mesh), place_asked(shape, chosen, machine, dtype))
         click.echo(json.dumps(found, indent=2) if as_json else render_facts(found).rstrip("\n"))
     return session.finish()
-
-
-def _mesh(compiled: Compiled, given: tuple[str, ...]) -> dict[str, int]:
-    """The sizes of a mesh's axes; an axis that the layout does not have is an error at the layout."""
-    layout = next((u.parallel for u in compiled.units if u.parallel is not None), None)
-    if layout is None:
-        raise click.UsageError("this file has no parallel layout: --mesh means nothing")
-    sizes: dict[str, int] = {}
-    for text in given:
-        name, equal, size = text.partition("=")
-        if not equal or not size.isdecimal() or not 1 <= int(size) <= 1 << 20 or name in sizes:
-            raise click.BadParameter(
-                f"'{text}' is not NAME=N with a number from 1, each name once", param_hint="'--mesh'"
-            )
-        sizes[name] = int(size)
-    if strange := [n for n in sizes if n not in layout.mesh]:
-        raise CompileError([error("bad-layout", f"the mesh has no axis '{strange[0]}'", layout.span,
-                                  hints=(f"its axes are {', '.join(layout.mesh)}",))])  # fmt: skip
-    return sizes
 
 
 def _draw(compiled: Compiled, length: int, chosen: tuple[str, ...], png: Path | None) -> None:
@@ -413,7 +401,7 @@ def graph(session: Session, file: str, level: str, form: str) -> int:
     from chunkc.backends.triton.emit import print_kernels
     from chunkc.driver import check_source, compile_source
     from chunkc.ir.dot import as_dot
-    from chunkc.ir.text import print_graph
+    from chunkc.ir.text import print_unit
     from chunkc.pipeline import upto
 
     if (level, form) == ("tiled", "dot"):
@@ -435,11 +423,12 @@ def graph(session: Session, file: str, level: str, form: str) -> int:
         session.found.extend(checked.warnings)
         for unit in units:
             if form == "dot":
-                click.echo(as_dot(unit.graph, unit.name), nl=False)
+                text = as_dot(unit.graph, unit.name)
+            elif level == "tiled":
+                text = (f"{unit.kind} {unit.name}\n" if len(units) > 1 else "") + print_kernels(unit, source)
             else:
-                head = f"{unit.kind} {unit.name}\n" if len(units) > 1 else ""
-                text = print_kernels(unit, source) if level == "tiled" else print_graph(unit.graph)
-                click.echo(head + text, nl=False)
+                text = print_unit(unit)
+            click.echo(text, nl=False)
     return session.finish()
 
 

@@ -12,6 +12,7 @@ from chunkc.backends.triton.emit import attention_of
 from chunkc.backends.triton.pairs import NoKernel
 from chunkc.backends.writer import Lines
 from chunkc.driver import Compiled
+from chunkc.estimates import At, estimated, invariance, matrix, render_estimates, render_schedule, schedule, sizes_at
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
 from chunkc.ir.axes import Number, Size
@@ -24,16 +25,31 @@ SCHEMA = 1
 BYTES = {"bfloat16": 2, "float32": 4}
 
 
-def facts(compiled: Compiled, mesh: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
+def facts(compiled: Compiled, mesh: Mapping[str, int] | None = None, at: At | None = None) -> list[dict[str, Any]]:
     """The facts of each unit, in the file's order. The schema is stable: keys are added, never changed.
 
-    `mesh` are sizes of axes of the layout's mesh: then operations say what a rank sends."""
+    `mesh` are sizes of axes of the layout's mesh: then operations say what a rank sends. `at` are sizes and a machine:
+    then recurrences have estimates.
+
+    Raises:
+        BenchError, SettingError: if there are no such sizes.
+    """
     source = compiled.checked.source
     semantic = compiled.checked.module.units
     found = [_unit(source, before, after) for before, after in zip(semantic, compiled.units)]
     for layout in (u["parallel"] for u in found if u["parallel"] and mesh is not None):
         _count_ranks(layout, (mesh or {}).get(layout["over"], 1))
+    if at is not None:
+        _estimate(compiled.units, found, at)
     return found
+
+
+def _estimate(units: tuple[Unit, ...], found: list[dict[str, Any]], at: At) -> None:
+    sizes = sizes_at(units, at)
+    for unit, about in zip(units, found):
+        for node, fact in zip(unit.graph.of_kind(N.Scan, N.Recur), about["recurrences"]):
+            if matrix(node):
+                fact["estimates"] = estimated(unit, node, sizes[unit.name], at)
 
 
 def _place(source: SourceFile, span: Span | None) -> str:
@@ -60,7 +76,8 @@ def _unit(source: SourceFile, semantic: Unit, unit: Unit) -> dict[str, Any]:
         "chunks": [{"name": n.chunk, "of": graph.axis[n.chunk].parent, "rule": n.rule, "line": _place(source, n.span)}
                    for n in graph.of_kind(N.Segment)],
         "sizes": {a.name: a.size.text() for a in graph.axes if a.size is not None},
-        "recurrences": list(_recurrences(source, graph)),
+        "schedule": {**unit.schedule.demands(), "set_aside": list(unit.schedule.set_aside)},
+        "recurrences": list(_recurrences(source, unit)),
         "attentions": [_attention(source, unit, n) for n in graph.of_kind(N.Attend)],
         "operations": _cost_data(operations(graph)),
         "least_elements": _cost_data(elements(graph)),
@@ -76,21 +93,24 @@ def _tensor(source: SourceFile, graph: Graph, name: str, node: N.AnyNode) -> dic
 # -- recurrences -------------------------------------------------------------------------------------------------------
 
 
-def _recurrences(source: SourceFile, graph: Graph) -> Iterable[dict[str, Any]]:
+def _recurrences(source: SourceFile, unit: Unit) -> Iterable[dict[str, Any]]:
+    graph = unit.graph
     ranges = Ranges(graph.by_id)
-    for node in graph.nodes:
-        if isinstance(node, N.Scan):
-            yield _scan(source, graph, node, ranges)
-        elif isinstance(node, N.Recur):
-            yield {
-                "states": [c.name for c in node.carried],
-                "line": _place(source, node.span),
-                "form": "sequential",
-                "over": node.axis,
-                "within": node.within,
-                "reason": node.reason,
-                "state": [_state(graph, c.name, c.axes) for c in node.carried],
-            }
+    for node in graph.of_kind(N.Scan, N.Recur):
+        own = _scan(source, graph, node, ranges) if isinstance(node, N.Scan) else _steps(source, graph, node)
+        yield {**own, "schedule": schedule(node), "prefix_invariant": invariance(source, unit, node)}
+
+
+def _steps(source: SourceFile, graph: Graph, node: N.Recur) -> dict[str, Any]:
+    return {
+        "states": [c.name for c in node.carried],
+        "line": _place(source, node.span),
+        "form": "sequential",
+        "over": node.axis,
+        "within": node.within,
+        "reason": node.reason,
+        "state": [_state(graph, c.name, c.axes) for c in node.carried],
+    }
 
 
 def _scan(source: SourceFile, graph: Graph, scan: N.Scan, ranges: Ranges) -> dict[str, Any]:
@@ -332,6 +352,8 @@ def render_facts(found: list[dict[str, Any]]) -> str:
             out += _render_attention(a, bool(unit["whole_because"]))
         if unit["parallel"]:
             out += _render_parallel(unit["parallel"])
+        if aside := unit["schedule"]["set_aside"]:
+            out.append(f"  the schedule here governs, and that of {', '.join(aside)} is set aside")
         out.append(f"  a token takes {_cost_text(unit['operations'])} operations")
         out.append(f"  and moves at least {_cost_text(unit['least_elements'])} elements: "
                    f"{_cost_text(unit['least_bytes']['bfloat16'])} bytes in bfloat16")  # fmt: skip
@@ -374,6 +396,9 @@ def _render_recurrence(r: dict[str, Any]) -> list[str]:
         own = [k for k in r["kernels"] if k["pass"] == way]
         moved = "; ".join(f"{k['name']} {_cost_text(k['elements'])}" for k in own)
         out.append(f"    {way:11} {moved} elements a {'token' if way == 'step' else 'tile'}")
+    out += render_schedule(r)
+    if "estimates" in r:
+        out += render_estimates(r["estimates"])
     for s in r["state"]:
         out.append(f"    state       {s['name']}[{', '.join(s['axes'])}]: {_cost_text(s['elements'])} elements")
     return out

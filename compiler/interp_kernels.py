@@ -164,7 +164,7 @@ class Launch:
         if e.op in ("tl.max", "tl.min"):
             return args[0].amax(args[1]) if e.op == "tl.max" else args[0].amin(args[1])
         if e.op in ("tl.where", "tl.maximum", "tl.minimum"):
-            args = [a if isinstance(a, Tensor) else torch.tensor(a, dtype=self.dtype) for a in args]
+            args = [torch.tensor(a, dtype=self.dtype) if isinstance(a, float) else torch.as_tensor(a) for a in args]
             if e.op == "tl.where":
                 return torch.where(args[0], args[1], args[2])
             extreme = torch.maximum if e.op == "tl.maximum" else torch.minimum

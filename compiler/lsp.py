@@ -1,4 +1,4 @@
-"""A language server: diagnostics as one types, what a name is on hover, formatting.
+"""A language server: diagnostics as one types, what a name is on hover, completion, formatting.
 
 Needs the extra `lsp`. Started by editors as `chunkc lsp`; it speaks on stdin and stdout."""
 
@@ -15,6 +15,8 @@ from chunkc import __version__
 from chunkc.driver import compile_source
 from chunkc.dsl import prelude
 from chunkc.dsl.format import FormatError, format_source
+from chunkc.dsl.schedules import SETTINGS, TRUTHS
+from chunkc.dsl.tables import grammar
 from chunkc.facts import facts
 from chunkc.ir import nodes as N
 from chunkc.ir.diagnostics import CompileError, Diagnostic, SourceFile, Span
@@ -66,17 +68,42 @@ def hover(source: SourceFile, line: int, column: int) -> str:
     word = next((m[0] for m in re.finditer(r"[A-Za-z]\w*", text) if m.start() <= column <= m.end()), "")
     if word in prelude.FUNCTIONS:
         return f"`{word}`: {prelude.FUNCTIONS[word].doc}"
+    offset = _offset(source, line, column)
+    if word in SETTINGS and _schedule_before(source, offset) is not None:
+        return f"`{word}`: {SETTINGS[word]}"
     try:
         compiled = compile_source(source)
     except CompileError:
         return ""
-    offset = sum(len(x) + 1 for x in source.text.split("\n")[:line]) + column
     before = [u for u in compiled.checked.module.units if u.span.start <= offset]
     if not word or not before:
         return ""
     unit = before[-1]
     about = next(f for f in facts(compiled) if f["unit"] == unit.name)
     return _axis(unit, word) or _state(about, word) or _tensor(unit, word)
+
+
+def _offset(source: SourceFile, line: int, column: int) -> int:
+    return sum(len(x) + 1 for x in source.text.split("\n")[:line]) + column
+
+
+def _schedule_before(source: SourceFile, offset: int) -> str | None:
+    """What stands before a place in the schedule around it; None where there is none."""
+    text = re.sub(r'"[^"\n]*"|#[^\n]*', " ", source.text[:offset])
+    found = re.search(r"\bschedule\s*\{([^{}]*)$", text)
+    return None if found is None else found[1]
+
+
+def completions(source: SourceFile, line: int, column: int) -> list[tuple[str, str]]:
+    """Words that may stand at a place, each with what it is: in a schedule its settings and their values, elsewhere the
+    keywords and functions of the language. What is there of the word already is the editor's to match."""
+    inside = _schedule_before(source, _offset(source, line, column))
+    if inside is None:
+        words = sorted(t.pattern.value for t in grammar().terminals if t.pattern.value.isalpha())
+        return [*((w, "keyword") for w in words), *((f.name, f.doc) for f in prelude.FUNCTIONS.values())]
+    if re.search(r"=\s*\w*$", inside):
+        return [(value, "") for value in TRUTHS]
+    return [(name, doc) for name, doc in SETTINGS.items() if not re.search(rf"\b{name}\s*=", inside)]
 
 
 def _axis(unit: Unit, word: str) -> str:
@@ -132,6 +159,13 @@ def make_server() -> LanguageServer:
         uri, at = params.text_document.uri, params.position
         text = hover(source_of(uri, server.workspace.get_text_document(uri).source), at.line, at.character)
         return types.Hover(types.MarkupContent(types.MarkupKind.Markdown, text)) if text else None
+
+    @server.feature(types.TEXT_DOCUMENT_COMPLETION)
+    def completed(params: types.CompletionParams) -> list[types.CompletionItem]:
+        uri, at = params.text_document.uri, params.position
+        source = source_of(uri, server.workspace.get_text_document(uri).source)
+        found = completions(source, at.line, at.character)
+        return [types.CompletionItem(word, detail=what or None) for word, what in found]
 
     @server.feature(types.TEXT_DOCUMENT_FORMATTING)
     def formatted(params: types.DocumentFormattingParams) -> list[types.TextEdit] | None:

@@ -15,6 +15,7 @@ from chunkc.dsl import tree as T
 from chunkc.dsl.attention import Attentions
 from chunkc.dsl.causality import looks_ahead
 from chunkc.dsl.layouts import lay_out
+from chunkc.dsl.schedules import check_schedule, read_schedule
 from chunkc.dsl.scope import (
     AxisName,
     Broken,
@@ -120,6 +121,7 @@ class _UnitChecker(Attentions):
         self.inputs: list[str] = []
         self.outputs: list[tuple[str, str]] = []
         self.output_spans: dict[str, Span] = {}
+        self.schedules: list[T.Schedule] = []
 
     def run(self) -> Unit | None:
         before = len(self.report.errors)
@@ -133,15 +135,17 @@ class _UnitChecker(Attentions):
         if not any(isinstance(s, T.Declare) and s.what == "input" for s in self.unit.body):
             self.report.error("bad-input", f"'{self.unit.name.text}' has no input", self.unit.name.span,
                               hints=("write 'input x[t]'",))  # fmt: skip
+        schedule = read_schedule(self.schedules, self.x.called, self.report)
         if len(self.report.errors) > before:
             return None
         graph = self.builder.graph(self.outputs).pruned()
         unit = Unit(kind=self.unit.kind, name=self.unit.name.text, causal=self.unit.causal, doc=" ".join(self.doc),
-                    params=tuple(self.params), inputs=tuple(self.inputs), graph=graph,
+                    params=tuple(self.params), inputs=tuple(self.inputs), graph=graph, schedule=schedule,
                     span=self.unit.name.span)  # fmt: skip
         self.check_sequences(unit)
         ahead = looks_ahead(unit)
         self.check_causal(unit, ahead)
+        check_schedule(unit, ahead, self.report)
         return unit.evolve(looks_ahead=tuple(ahead))
 
     def check_sequences(self, unit: Unit) -> None:
@@ -204,6 +208,8 @@ class _UnitChecker(Attentions):
             self.chunk(s)
         elif isinstance(s, T.Attention):
             self.attention(s)
+        elif isinstance(s, T.Schedule):
+            self.schedules.append(s)
         elif isinstance(s, T.Source):
             self.report.error("bad-body", "a source stands in an attention", s.span)
         else:

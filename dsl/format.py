@@ -99,7 +99,7 @@ def _level(line: _Line, opened: list[str], last: Token | None, ended: bool) -> i
         depth -= left.pop() not in ("LPAR", "LSQB")
     inside = bool(left) and left[-1] in ("LPAR", "LSQB")
     closes = len(left) < len(opened)
-    listed = bool(opened) and opened[-1] == "AXES"  # axes stand below each other
+    listed = bool(opened) and opened[-1] in ("AXES", "SCHEDULE")  # these stand below each other
     return depth + (inside or not (ended or closes or listed or last is None or last.type == "LBRACE"))
 
 

@@ -143,6 +143,7 @@ def lay_out(file: T.File, units: list[Unit], report: Report) -> list[Unit]:
         return units
     for unit in sharded:
         _check_names(unit, blocks[0].span, report)
+        _check_schedule(unit, blocks[0].span, report)
     auto: Layout = "zigzag" if any(_attends_causally(u) for u in sharded) else "contiguous"
     layout: Layout = "contiguous" if shard.layout == "contiguous" else "zigzag" if shard.layout == "zigzag" else auto
     found = Parallel(mesh=tuple(block.mesh), axis=shard.axis.text, over=shard.over.text, layout=layout,
@@ -178,6 +179,15 @@ def _no_axis(name: T.Name, units: list[Unit], report: Report) -> None:
             return
     report.error("bad-layout", f"no layer or op of the file has a sequence '{name.text}'", name.span,
                  hints=("a layout holds for the layers and ops of its own file",))  # fmt: skip
+
+
+def _check_schedule(unit: Unit, block: Span, report: Report) -> None:
+    """Where a rank's piece begins depends on the length of the whole, and with it where tiles do."""
+    if unit.schedule.prefix_invariant:
+        report.error("bad-layout", f"'{unit.name}' demands prefix_invariant: ranks' pieces cannot keep it", block,
+                     "a sequence that is cut short is divided at other tokens",
+                     related=((unit.schedule.span or unit.span, "the schedule"),),
+                     hints=("take the setting out, or leave this layer or op to a file without a layout",))  # fmt: skip
 
 
 def _check_names(unit: Unit, block: Span, report: Report) -> None:

@@ -22,9 +22,9 @@ MAX_DEPTH = 200
 MAX_TOKENS = 100_000
 MAX_ERRORS = 20
 MAX_REPARSED = 1 << 18  # characters that recovery may read again, so that large broken files stay quick
-RESERVED = frozenset(("cache", "decode", "train", "objective", "data", "model", "extern", "schedule"))
+RESERVED = frozenset(("cache", "decode", "train", "objective", "data", "model", "extern"))
 STARTERS = frozenset(("USE", "CAUSAL", "LAYER", "OP", "FN", "PARALLEL", "AXES", "INPUT", "OUTPUT", "STATE", "PARAM",
-                      "RECURRENCE", "CHUNK", "ATTENTION", "ORDER", "PICK"))  # fmt: skip
+                      "RECURRENCE", "CHUNK", "ATTENTION", "ORDER", "PICK", "SCHEDULE"))  # fmt: skip
 PAIRS = {"LPAR": "RPAR", "LSQB": "RSQB", "LBRACE": "RBRACE"}
 CLAUSES = frozenset(("BY", "IF", "KEEP", "REFINE", "ALWAYS", "ALLOW"))
 OPERATORS = frozenset(("PLUS", "MINUS", "STAR", "SLASH", "PERCENT", "CARET", "COMPARE", "OR", "AND", "IN", "ARROW"))
@@ -385,6 +385,12 @@ class _Builder(Transformer_NonRecursive[Token, Any]):
 
     def chunk(self, word: Token, name: Token, of: Token, axis: Token, equal: Token, rule: Any) -> T.Chunk:
         return T.Chunk(self._cover((word, rule)), self._name(name), self._name(axis), rule)
+
+    def schedule(self, word: Token, *parts: Any) -> T.Schedule:
+        return T.Schedule(_span(self.source, word), tuple(p for p in parts if isinstance(p, T.Pin)))
+
+    def pin(self, name: Token, equal: Token, value: Any) -> T.Pin:
+        return T.Pin(self._cover((name, value)), self._name(name), value)
 
     def names(self, *parts: Token) -> _Names:
         names = _Names(self._name(p) for p in parts if p.type == "NAME")

@@ -158,6 +158,21 @@ class Attention(Syntax):
 
 
 @dataclass(frozen=True)
+class Pin(Syntax):
+    """A setting of a schedule: `prefix_invariant = true`."""
+
+    name: Name
+    value: Expr
+
+
+@dataclass(frozen=True)
+class Schedule(Syntax):
+    """`schedule { ... }`: what is demanded of how a layer or op is computed."""
+
+    pins: tuple[Pin, ...]
+
+
+@dataclass(frozen=True)
 class Later(Syntax):
     """A statement of the language that this version does not build: order, pick.
 
@@ -167,7 +182,7 @@ class Later(Syntax):
     defines: tuple[Name, ...] = ()
 
 
-Statement = Axes | Declare | Define | Doc | Chunk | Recurrence | Attention | Source | Later
+Statement = Axes | Declare | Define | Doc | Chunk | Recurrence | Attention | Source | Schedule | Later
 
 
 @dataclass(frozen=True)

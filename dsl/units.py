@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 from chunkc.dsl import tree as T
 from chunkc.dsl.compose import Composed
-from chunkc.dsl.scope import AxisName
+from chunkc.dsl.scope import AxisName, Scope, Work
 from chunkc.dsl.sizes import Context
 from chunkc.dsl.weights import listed
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Axis, Size, SizeError
-from chunkc.ir.diagnostics import Span
+from chunkc.ir.diagnostics import Report, Span
 from chunkc.ir.graph import Unit
 from chunkc.ir.ranges import Ranges
 from chunkc.ir.rewrite import Rebinding
@@ -33,7 +33,11 @@ class Call:
 
 
 class UnitCalls(Composed):
-    """Checks calls of layers and ops; a subclass checks the expressions in them."""
+    """Checks calls of layers and ops; a subclass checks the expressions in them. `called` are those that were."""
+
+    def __init__(self, scope: Scope, report: Report, axes: dict[str, Axis], work: Work) -> None:
+        super().__init__(scope, report, axes, work)
+        self.called: list[Unit] = []
 
     def call_unit(self, unit: Unit, e: T.CallExpr, index: T.Index | None, c: Context) -> str | None:
         if c.outer is not None or c.initial:
@@ -47,6 +51,7 @@ class UnitCalls(Composed):
                               "called for", e.span, related=((unit.span, "declared here"),))  # fmt: skip
             return None
         self.work.spend(e.span, len(unit.graph.nodes))
+        self.called.append(unit)
         call = Call(unit, e.span, c.weight)
         arguments = self.unit_arguments(call, e, c)
         if arguments is None or not self.bind_named_axes(call, index) or not self.bind_axes(call, arguments, c):

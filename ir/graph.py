@@ -114,6 +114,21 @@ class Parallel(Frozen):
     span: Span
 
 
+class Schedule(Frozen):
+    """What a unit demands of how it is computed. `set_aside` names the layers and ops that it calls whose own demands
+    give way to these.
+
+    `prefix_invariant`: a sequence cut short leaves what recurrences give for the tokens before bitwise as it was."""
+
+    prefix_invariant: bool = False
+    set_aside: tuple[str, ...] = ()
+    span: Span | None = None
+
+    def demands(self) -> dict[str, bool]:
+        """The settings by name."""
+        return {"prefix_invariant": self.prefix_invariant}
+
+
 class Unit(Frozen):
     """A layer or op: its interface and its graph; `looks_ahead` names the outputs that are not causal."""
 
@@ -124,9 +139,10 @@ class Unit(Frozen):
     params: tuple[Parameter, ...] = ()
     inputs: tuple[str, ...] = ()
     looks_ahead: tuple[str, ...] = ()
-    graph: Graph
     span: Span
     parallel: Parallel | None = None
+    schedule: Schedule = Schedule()
+    graph: Graph
 
 
 class Module(Frozen):

@@ -10,8 +10,9 @@ A graph is its level, its axes, a node a line, and its outputs:
       output y = %*_4
     }
 
-Fields with their default value are left out. A region is a graph inside a field; written `region`, it has the axes of
-the graph around it. The sign % marks ids for the reader; to the parser an id is a string like any other."""
+A unit is `layer` or `op`, its name and its other fields, the graph last. Fields with their default value are left out.
+A region is a graph inside a field; written `region`, it has the axes of the graph around it. The sign % marks ids for
+the reader; to the parser an id is a string like any other."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from pydantic import BaseModel, ValidationError
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Axis, Size
 from chunkc.ir.diagnostics import Span
-from chunkc.ir.graph import Graph
+from chunkc.ir.graph import Graph, Unit
 
 M = TypeVar("M", bound=BaseModel)
 KINDS: dict[str, type[N.Node]] = {c.model_fields["kind"].default: c for c in get_args(get_args(N.AnyNode)[0])}
@@ -51,6 +52,11 @@ _TOKEN = re.compile(
 def print_graph(graph: Graph) -> str:
     """The graph as text; `parse_graph` gives an equal graph back."""
     return _graph(graph, None, "") + "\n"
+
+
+def print_unit(unit: Unit) -> str:
+    """The unit as text; `parse_unit` gives an equal unit back."""
+    return " ".join([unit.kind, _name(unit.name), *_fields(unit, ("kind", "name"), Graph(), "")]) + "\n"
 
 
 def _quoted(text: str, bare: str) -> str:
@@ -134,13 +140,13 @@ def _size(size: Size, inside: bool = False) -> str | None:
 def parse_graph(text: str) -> Graph:
     """The graph that such a text describes. Raises ValueError, the number of the line first, if it is malformed."""
     parser = _Parser(text)
-    try:
-        graph = parser.graph(None)
-    except RecursionError:
-        parser.fail("nested too deeply")
-    if parser.kind:
-        parser.fail("the text goes on after the graph")
-    return graph
+    return parser.whole(lambda: parser.graph(None))
+
+
+def parse_unit(text: str) -> Unit:
+    """The unit that such a text describes. Raises ValueError as `parse_graph`."""
+    parser = _Parser(text)
+    return parser.whole(parser.unit)
 
 
 def _unquoted(text: str) -> str:
@@ -200,6 +206,20 @@ class _Parser:
         except ValidationError as reason:
             first = reason.errors()[0]
             self.fail(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", at)
+
+    def whole(self, item: Callable[[], M]) -> M:
+        """The one item that the text is."""
+        try:
+            found = item()
+        except RecursionError:
+            self.fail("nested too deeply")
+        if self.kind:
+            self.fail(f"the text goes on after the {type(found).__name__.lower()}")
+        return found
+
+    def unit(self) -> Unit:
+        start, kind, name = self.at, self.string("word"), self.name()
+        return self.made(Unit, start, self.fields(kind=kind, name=name))
 
     def graph(self, around: tuple[Axis, ...] | None) -> Graph:
         start, outer = self.at, self.axes

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -147,6 +147,25 @@ def by_name(unit: Unit, result: Sequence[Tensor]) -> dict[str, Tensor]:
         timed = any(unit.graph.axis[a].is_sequence for a in unit.graph[id_].axes)
         outputs[name] = x.reshape(-1, *x.shape[2:]) if timed else x
     return outputs
+
+
+def differs_when_cut(module: ModuleType, unit: Unit, case: Case, lengths: Sequence[int]) -> list[tuple[int, str]]:
+    """Lengths at which the rows of a dense batch are cut, and outputs that are then not bitwise as they were before."""
+    rows, whole = len(case.lengths), case.lengths[0]
+    inputs, weights = draw(unit, case)
+    inputs = {n: x.to(case.device) for n, x in inputs.items()}
+    weights = {n: x.to(case.device) for n, x in weights.items()}
+    found = []
+    with torch.no_grad():
+        uncut, _ = call(module, unit, case, inputs, weights, {})
+        for length in lengths:
+            part = {n: x.unflatten(0, (rows, whole))[:, :length].flatten(0, 1) for n, x in inputs.items()}
+            cut, _ = call(module, unit, replace(case, lengths=[length] * rows), part, weights, {})
+            for name, x in cut.items():
+                before = uncut[name].unflatten(0, (rows, whole))[:, :length]
+                if not torch.equal(x.unflatten(0, (rows, length)), before):
+                    found.append((length, name))
+    return found
 
 
 def over_chunks(unit: Unit, output: str) -> bool:

@@ -21,7 +21,9 @@ import pytest
 import chunkc
 from chunkc import artifact, building, cli, driver
 from chunkc.artifact import SettingError
+from chunkc.costs import MACHINES
 from chunkc.ir.diagnostics import CompileError, Diagnostic, SourceFile, Span, render_github
+from chunkc.ir.text import parse_unit, print_unit
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = "op f(n: int, scale: float = 2) {\n  axes { t: time, i = n }\n  input x[t, i]\n  output y[t, i] = scale * x\n}\n"
@@ -90,7 +92,8 @@ def formatter(monkeypatch: pytest.MonkeyPatch) -> None:
 def facts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Facts that are the units' names."""
 
-    def derive(compiled: driver.Compiled) -> list[dict[str, str]]:
+    def derive(compiled: driver.Compiled, mesh: object, at: object) -> list[dict[str, str]]:
+        assert mesh is None and at is None
         return [{"unit": u.name} for u in compiled.units]
 
     stub(monkeypatch, "chunkc.facts", facts=derive, render_facts=lambda found: f"{found[0]['unit']} is causal\n")
@@ -352,6 +355,47 @@ def test_explain_a_mesh(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["explain", "good.spec", "--mesh", "ring=4"]) == 2
 
 
+STATE = """op f(h: int, k: int, v: int) {
+  axes { t: time, n = h, i = k, j = v }
+  input q[t, n, i], w[t, n, i], x[t, n, j], g[t, n, i] in [-1, 0]
+  recurrence over t {
+    state S[n, i, j]
+    S = exp(g) * S + w * x
+    o = sum[i](q * S)
+  }
+  output o
+}
+"""
+
+
+def test_explain_at_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("state.spec").write_text(STATE)
+    shape = ["explain", "state.spec", "--shape"]
+    assert cli.run([*shape, "B=1,T=131072,H=4,K=128,V=128", "--machine", "a100"]) == 0
+    out = capsys.readouterr().out
+    assert "on a100, bf16, B 1, t 131072, n 4, i 128, j 128, by the model of docs/costs.md:" in out
+    assert re.search(r"split .* segments walk .* \(cheapest\)", out)
+    assert cli.run([*shape, "T=512", "--set", "h=2", "--dtype", "fp32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)[0]["recurrences"][0]["estimates"]
+    assert (found["machine"], found["dtype"], found["sizes"]["n"], found["score_levels"]) == ("h100", "fp32", 2, 1)
+    for wrong in (
+        ["T"],
+        ["Z=4"],
+        ["T=0"],
+        ["T=4", "--machine", "tpu"],
+        ["T=4", "--set", "z=1"],
+        ["n=3", "--set", "h=2"],
+    ):
+        assert cli.run([*shape, *wrong]) == 2
+    assert cli.run(["explain", "good.spec", "--shape", "T=4"]) == 2
+    assert "nothing to estimate" in capsys.readouterr().err
+
+
+def test_the_machines_are_those_of_the_model() -> None:
+    option = next(p for p in cli.explain.params if p.name == "machine")
+    assert list(option.type.choices) == list(MACHINES)  # type: ignore[attr-defined]
+
+
 @pytest.mark.usefixtures("formatter")
 def test_fmt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     Path("long.spec").write_text(GOOD + "\n\n")
@@ -399,11 +443,13 @@ def test_graph(capsys: pytest.CaptureFixture[str]) -> None:
     Path("two.spec").write_text(GOOD + GOOD.replace("op f", "op g"))
     for level in ("semantic", "normal"):
         assert cli.run(["graph", "good.spec", "--level", level]) == 0
-        assert capsys.readouterr().out.startswith(f"graph {level} {{")
+        out = capsys.readouterr().out
+        assert out.startswith("op f ") and f"graph=graph {level} {{" in out
+        assert print_unit(parse_unit(out)) == out
         assert cli.run(["graph", "two.spec", "--level", level, "--format", "dot"]) == 0
         assert capsys.readouterr().out.count("digraph") == 2
     assert cli.run(["graph", "two.spec"]) == 0
-    assert "op g\n" in capsys.readouterr().out
+    assert "\nop g " in capsys.readouterr().out
     assert cli.run(["graph", "bad.spec"]) == 1
     assert cli.run(["graph", "good.spec", "--level", "plan"]) == 2
     assert cli.run(["graph", "good.spec", "--level", "tiled", "--format", "dot"]) == 2

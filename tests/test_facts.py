@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
 import cases
 import pytest
 import torch
 from emitted import Case, draw
 from shipped import RECURRENCES
 
+from chunkc.artifact import SettingError
+from chunkc.bench.sizes import BenchError
+from chunkc.costs import MACHINES, GateKind, Scan, cheapest, estimates, least_bytes
 from chunkc.driver import Compiled, compile_source
 from chunkc.dsl.causality import looks_ahead
+from chunkc.estimates import At
 from chunkc.facts import bytes_moved, elements, evaluate, facts, operations, render_facts
 from chunkc.interp import Run, interpret
 from chunkc.ir import nodes as N
-from chunkc.ir.diagnostics import SourceFile
+from chunkc.ir.diagnostics import CompileError, SourceFile
 from chunkc.ir.ranges import Ranges
 
 SETTINGS = {"d_model": 32, "heads": 2, "low": 3, "d_in": 5, "expand": 2, "head": 8, "kv": 2, "states": 6, "width": 4,
@@ -63,6 +69,150 @@ def test_facts_are_printed(name: str) -> None:
     text = render_facts(found)
     assert found[0]["unit"] in text and "state" in text
     assert all(r["line"].startswith(f"{name}.spec:") for r in found[0]["recurrences"])
+
+
+@pytest.mark.parametrize("name, used, launches", [
+    ("gated", "passes", (["states", "read_j"], ["ends", "grad_j", "grad_i", "edges_i", "gate_i"])),
+    ("vector", "walk", ([], [])), ("max_plus", "walk", ([], [])), ("delta", "steps", ([], [])),
+])  # fmt: skip
+def test_the_schedule_that_is_used(name: str, used: str, launches: tuple[list[str], list[str]]) -> None:
+    found = facts(compiled(name))
+    (r,) = found[0]["recurrences"]
+    assert (r["schedule"]["used"], r["schedule"]["forward"], r["schedule"]["backward"]) == (used, *launches)
+    assert f"    schedule    {used}: " in render_facts(found)
+    kept = r["prefix_invariant"]
+    assert kept["holds"] and not kept["demanded"] and kept["changes_at"] == []
+    assert kept["in_kernels"] == (used in ("passes", "walk"))
+    assert "prefix-invariant: yes, in " in render_facts(found)
+
+
+COMPLEX = """op f(n: int) {
+  axes { t: time, i = n, j = n }
+  input k[t, i], v[t, j], a[t] in [-inf, 0], w[t]
+  recurrence over t {
+    state S[i, j]: complex
+    S = exp(complex(a, w)) * S + k * v
+    o = re(sum[i](k * S))
+  }
+  output o
+}
+"""
+
+
+def test_complex_states_are_pytorch_on_tiles() -> None:
+    (r,) = facts(compile_source(SourceFile("f.spec", COMPLEX)))[0]["recurrences"]
+    assert r["schedule"]["used"] == "tiles" and not r["prefix_invariant"]["in_kernels"]
+
+
+PARTS = """op f(n: int) {
+  axes { t: time, e = n }
+  input x[t, e], a[t, e] in [0, 1]
+  SCHEDULE
+  chunk c of t = RULE
+  recurrence over t within c {
+    state h[e]
+    h = a * h + x
+  }
+  output h
+}
+"""
+
+
+def test_chunks_that_the_length_moves() -> None:
+    for rule, holds in (("parts(2)", False), ("fixed(5)", True), ("runs(x[e = 0] > 0)", True)):
+        found = facts(compile_source(SourceFile("f.spec", PARTS.replace("RULE", rule).replace("SCHEDULE", ""))))
+        assert found[0]["recurrences"][0]["prefix_invariant"]["holds"] == holds
+        assert ("prefix-invariant: no, the sequence's length" in render_facts(found)) != holds
+    with pytest.raises(CompileError, match="prefix_invariant"):
+        demand = PARTS.replace("RULE", "parts(2)").replace("SCHEDULE", "schedule { prefix_invariant = true }")
+        compile_source(SourceFile("f.spec", demand))
+
+
+DEMAND = """op f(n: int) {
+  axes { t: time, e = n }
+  input x[t, e], a[t, e] in [0, 1]
+  schedule { prefix_invariant = true }
+  recurrence over t {
+    state h[e]
+    h = a * h + x
+  }
+  output h
+}
+op g(n: int) {
+  axes { t: time, e = n }
+  input x[t, e], a[t, e] in [0, 1]
+  y = f(x, a)
+  output y
+}
+"""
+
+
+def test_what_is_demanded_is_said() -> None:
+    found = facts(compile_source(SourceFile("f.spec", DEMAND)))
+    assert [u["schedule"] for u in found] == [
+        {"prefix_invariant": True, "set_aside": []}, {"prefix_invariant": False, "set_aside": ["f"]}
+    ]  # fmt: skip
+    first, second = render_facts(found).split("op g")
+    assert "; demanded  (f.spec:4)" in first and "set aside" not in first
+    assert "demanded" not in second and "  the schedule here governs, and that of f is set aside" in second
+
+
+def at(shape: dict[str, int], machine: str = "h100", dtype: str = "bf16", **settings: float) -> At:
+    return At(shape, settings, machine, dtype)
+
+
+def test_estimates() -> None:
+    """The model's sizes are the spec's; one marks what is used and what would be cheapest."""
+    shape = {"B": 8, "T": 4096, "H": 4, "K": 128, "V": 256}
+    (r,) = facts(compiled("gated"), at=at(shape, "h200"))[0]["recurrences"]
+    found = r["estimates"]
+    assert found["sizes"] == {"B": 8, "t": 4096, "h": 4, "i": 128, "j": 256} and found["score_levels"] == 6
+    wanted = Scan(8, 4096, 4, 128, 256, gate_i="each")
+    for way, backward in zip(found["passes"], (False, True)):
+        assert (way["used"], way["least_bytes"]) == ("passes", least_bytes(wanted, backward))
+        assert way["emitted"] == r["schedule"]["backward" if backward else "forward"]
+        made = estimates(wanted, MACHINES["h200"], backward)
+        assert [e["seconds"] for e in way["schedules"]] == [e.seconds for e in made]
+        assert way["cheapest"] == cheapest(made).schedule
+    text = render_facts([{**facts(compiled("gated"))[0], "recurrences": [r]}])
+    assert "at least 0.055 ms: 234.9 MB, 17.18 GFLOP" in text
+    assert re.search(r"fused .* \(cheapest\)\n +passes .* \(used, as states, read_j\)", text)
+    (slow,) = facts(compiled("gated"), at=at(shape, "a100", "fp32"))[0]["recurrences"]
+    assert slow["estimates"]["passes"][0]["least_bytes"] == 2 * least_bytes(wanted)
+    assert slow["estimates"]["passes"][0]["limit_seconds"] > 2 * found["passes"][0]["limit_seconds"]
+
+
+@pytest.mark.parametrize("name, gates", [
+    ("gated", ("each", "none")), ("value_gate", ("none", "each")), ("product_gate", ("each", "each")),
+    ("scalar_gate", ("head", "none")), ("no_gate", ("none", "none")), ("raw_key", ("each", "none")),
+])  # fmt: skip
+def test_gates_that_the_model_sees(name: str, gates: tuple[GateKind, GateKind]) -> None:
+    (r,) = facts(compiled(name), at=at({"B": 2, "T": 256, "H": 2, "K": 32, "V": 64}))[0]["recurrences"]
+    wanted = estimates(Scan(2, 256, 2, 32, 64, gate_i=gates[0], gate_j=gates[1]), MACHINES["h100"])
+    assert [e["bytes"] for e in r["estimates"]["passes"][0]["schedules"]] == [e.total("bytes") for e in wanted]
+    assert [e["exps"] for e in r["estimates"]["passes"][0]["schedules"]] == [e.total("exps") for e in wanted]
+
+
+def test_a_declared_bound_takes_levels_away() -> None:
+    def levels(low: str) -> tuple[float | None, int]:
+        text = cases.OPS["gated"].replace("[-inf, 0]", f"[{low}, 0]")
+        (r,) = facts(compile_source(SourceFile("f.spec", text)), at=at({"T": 256}))[0]["recurrences"]
+        return r["estimates"]["decay"], r["estimates"]["score_levels"]
+
+    assert [levels(low) for low in ("-1", "-5", "-inf")] == [(1.0, 1), (5.0, 3), (None, 6)]
+
+
+def test_what_has_no_estimate() -> None:
+    both = facts(compiled("both_sides"), at=at({"T": 256}))
+    assert "one side" in both[0]["recurrences"][0]["estimates"]["why_not"]
+    assert "no estimate: the model knows reads along one side" in render_facts(both)
+    for name in ("vector", "delta"):
+        with pytest.raises(BenchError, match="over keys and values"):
+            facts(compiled(name), at=at({"T": 256}))
+    with pytest.raises(BenchError, match="no axis 'K2'"):
+        facts(compiled("gated"), at=at({"K2": 256}))
+    with pytest.raises(SettingError, match="no parameter 'nothing'"):
+        facts(compiled("gated"), at=at({}, nothing=1))
 
 
 def test_structures() -> None:

@@ -125,8 +125,11 @@ def test_layouts() -> None:
         ("#  note", "#  note\n"),
         ("\n# a\n\n\n\n# b  ", "# a\n\n# b\n"),
         ("op A{\n}", "op A {\n}\n"),
+        ("op A{\nschedule{a=true,b = 1}\n}", "op A {\n  schedule { a = true, b = 1 }\n}\n"),
+        ("op A {\nschedule {\na=true  # c\nb=1 ,\n c = 2}\n}",
+         "op A {\n  schedule {\n    a = true  # c\n    b = 1,\n    c = 2 }\n}\n"),
     ],
-)
+)  # fmt: skip
 def test_small_texts(text: str, even: str) -> None:
     assert laid_out(text) == even
 

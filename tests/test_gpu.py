@@ -14,7 +14,7 @@ import constructs
 import pytest
 import test_pytorch as inside
 import torch
-from emitted import Case, emit, errors
+from emitted import Case, differs_when_cut, emit, errors
 from shipped import SPECS
 from test_attention import VALUES
 from test_language import built as construct
@@ -43,6 +43,16 @@ def test_packed_and_resumed(built, name, dtype):  # type: ignore[no-untyped-def]
     module, unit = built(name)
     case = Case(SETTINGS, PACKED, packed=True, dtype=dtype, resume=True, values=gates(unit, cases.mixed), device="cuda")
     check(errors(module, unit, case), allowed(name, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", list(cases.OPS))
+def test_a_sequence_cut_short(built, name, dtype):  # type: ignore[no-untyped-def]
+    """What a schedule's prefix_invariant demands, and `explain` says of every kernel."""
+    module, unit = built(name)
+    settings = {**SETTINGS, "heads": 3, "dk": 96, "dv": 128}
+    case = Case(settings, [300, 300], dtype=dtype, values=gates(unit, cases.mixed), device="cuda")
+    assert not differs_when_cut(module, unit, case, (1, 64, 65, 130, 299))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

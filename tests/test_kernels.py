@@ -186,7 +186,7 @@ class Launches:
         passed = {v: k for k, v in PASSED.get(launch.role, {}).items()}
         memory: dict[str, Tensor | int] = {f"{passed.get(n, n)}_ptr": x.view(-1) for n, x in self.memory.items()}
         memory |= {**self.table, "tokens": -1, "each": -1}
-        constants = {**self.sizes, "C": C, "LEVELS": C.bit_length() - 1, "BI": block, "BJ": block}
+        constants = {**self.sizes, "C": C, "LEVELS": C.bit_length() - 1, "BI": block, "BJ": block, "LIMIT": 60.0, "PARTS": 2, "GATE_PARTS": 2}
         rows = self.table["tile_start_ptr"].numel() if launch.rows == "tiles" else len(self.batch.lengths)
         blocks = [-(-self.sizes[s.upper()] // block) for s in launch.blocks]
         grid = (rows * math.prod(blocks) * self.sizes["H"],) if blocks else (rows, self.sizes["H"])

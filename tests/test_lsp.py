@@ -11,7 +11,7 @@ from lsprotocol import types
 from pygls.lsp.client import LanguageClient
 from test_cli import environment
 
-from chunkc.lsp import diagnostics, hover, source_of
+from chunkc.lsp import completions, diagnostics, hover, source_of
 
 GOOD = """op f(heads: int, dk: int, dv: int) {
   axes { t: time, h = heads, i = dk, j = dv }
@@ -55,6 +55,25 @@ def test_hover_in_a_broken_text_says_nothing() -> None:
     assert hover(source_of(URI, BAD), 2, 8) == ""
 
 
+SCHEDULED = GOOD.replace("  recurrence", "  # schedule {\n  schedule {\n    prefix_invariant = true\n  }\n  recurrence")
+
+
+def test_completion() -> None:
+    at = SCHEDULED.split("\n").index("    prefix_invariant = true")
+
+    def words(text: str, line: int, column: int) -> list[str]:
+        return [word for word, _ in completions(source_of(URI, text), line, column)]
+
+    assert words(SCHEDULED, at, 4) == ["prefix_invariant"]
+    assert words(SCHEDULED, at, len("    prefix_inv")) == ["prefix_invariant"]
+    assert words(SCHEDULED, at, len("    prefix_invariant = tr")) == ["true", "false"]
+    assert words(SCHEDULED, at + 1, 2) == []  # it is set already
+    assert words(SCHEDULED, at + 2, 0) == words(SCHEDULED, at - 1, 0)  # outside, and behind the comment
+    assert {"recurrence", "schedule", "softmax", "logsigmoid"} <= set(words(SCHEDULED, at + 2, 0))
+    hovered = hover(source_of(URI, SCHEDULED), at, 6)
+    assert hovered.startswith("`prefix_invariant`: cutting a sequence short")
+
+
 def test_an_editor_is_served(tmp_path: Path) -> None:
     """Over stdin and stdout: a text with an error, the text mended, a hover, formatting."""
     uri, seen = (tmp_path / "f.spec").as_uri(), []
@@ -81,6 +100,9 @@ def test_an_editor_is_served(tmp_path: Path) -> None:
         identifier = types.TextDocumentIdentifier(uri)
         answer = await client.text_document_hover_async(types.HoverParams(identifier, types.Position(4, 10)))
         assert answer is not None and "chunk form" in answer.contents.value  # type: ignore[union-attr]
+        place = types.CompletionParams(identifier, types.Position(5, 4))
+        offered = await client.text_document_completion_async(place)
+        assert isinstance(offered, list) and "sigmoid" in [item.label for item in offered]
         options = types.FormattingOptions(tab_size=2, insert_spaces=True)
         edits = await client.text_document_formatting_async(types.DocumentFormattingParams(identifier, options))
         assert edits is not None and edits[0].new_text == GOOD

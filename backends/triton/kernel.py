@@ -19,11 +19,30 @@ RANKS = {"|": 1, "^": 2, "&": 3, "<": 0, "<=": 0, "==": 0, "!=": 0, ">": 0, ">="
 OVER = {
     "count": "tiles",
     "LEVELS": "levels",
+    "LEVELS - lowest": "levels",
+    "LEVELS - shift": "levels",
     "tl.cdiv(I, BI)": "blocks of side i",
     "tl.cdiv(J, BJ)": "blocks of side j",
 }
 TILES = re.compile(r"tl\.cdiv\(length\w*, B([QR])\)")
-CONSTANTS = ("H", "I", "J", "D", "C", "LEVELS", "BI", "BJ", "BD", "BQ", "BR", "DOT", "PRECISION", "PARTS", "GATE_PARTS")
+CONSTANTS = (
+    "H",
+    "I",
+    "J",
+    "D",
+    "C",
+    "LEVELS",
+    "BI",
+    "BJ",
+    "BD",
+    "BQ",
+    "BR",
+    "DOT",
+    "PRECISION",
+    "PARTS",
+    "GATE_PARTS",
+    "LIMIT",
+)
 
 
 def over(stop: str, sizes: tuple[str, ...]) -> str:
@@ -168,7 +187,7 @@ def dot(a: Expr, b: Expr) -> Expr:
     return call("tl.dot", a.to("DOT"), b.to("DOT"), input_precision="PRECISION")
 
 
-def masked_sum(mask: Expr, x: Expr, parts: str) -> Expr:
+def masked_sum(mask: Expr, x: Expr, parts: Value) -> Expr:
     """For each row, the sum of the rows of x that its mask names: a product with zeros and ones, in so many parts."""
     return call("masked_sum", mask, x, parts)
 

@@ -12,11 +12,12 @@ positive. A forward kernel chooses for each read by what lies before it, so that
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from chunkc.backends.scan import Operand, Pair, ScanForm, Side, other
 from chunkc.backends.triton.kernel import Expr, Kernel, call, dot, exp, masked_sum, trans, where
-from chunkc.backends.triton.tile import LEAST, LIMIT, SIZE, Tile, block, notes_of, real, scaled
+from chunkc.backends.triton.tile import SIZE, Tile, block, notes_of, real, scaled
 from chunkc.backends.writer import Lines
 
 SIDES: tuple[Side, Side] = ("i", "j")
@@ -139,27 +140,37 @@ class SideKernel:
                                    *(p.on(self.o) for p in self.writers)]))  # fmt: skip
 
     def build(self) -> Kernel:
-        b = self.b
         self.t.program(self.x)
         if self.thin is not None:
             self.thin_decays(self.thin)
         self.accumulators()
-        with b.loop("part", call("tl.cdiv", SIZE[self.o], block(self.o)), f"blocks of side {self.o}") as part:
-            self.across(part)
-        gate = self.t.gate(self.own)
-        for n in self.own_names():
-            self.t.load(n, self.x)
-        if self.own is None or gate is None:
+        if self.own is None:
+            with self.blocks() as part:
+                self.across(part, self.far_names(), scores=True, reads=self.reads, writes=self.writes)
+            self.load_own()
             self.plain()
+            for name in self.outputs():
+                self.store(name)
         else:
-            self.gated(gate)
-        self.results()
+            with self.blocks() as part:
+                self.across(part, self.far_names(), scores=True)
+            self.gated(self.load_own())
         arguments = [f"{g.name}_ptr" for g in self.form.gates]
         arguments += [f"{n}_ptr" for n in [*self.own_names(), *self.far_names()]]
         arguments += (["states_ptr"] if self.reads else []) + (["ends_ptr"] if self.writes else [])
         arguments += [f"{r}_ptr" for r in self.outputs()]
         arguments += ["tile_start_ptr", "tile_stop_ptr", "tokens", "each"]
         return Kernel(self.name, self.doc(), tuple(dict.fromkeys(arguments)), self.t.closed())
+
+    def blocks(self) -> AbstractContextManager[Expr]:
+        """A loop over blocks of the other side."""
+        return self.b.loop("part", call("tl.cdiv", SIZE[self.o], block(self.o)), f"blocks of side {self.o}")
+
+    def load_own(self) -> Expr | None:
+        gate = self.t.gate(self.own)
+        for n in self.own_names():
+            self.t.load(n, self.x)
+        return gate
 
     def doc(self) -> str:
         if self.plan.forward:
@@ -185,15 +196,20 @@ class SideKernel:
 
     def accumulators(self) -> None:
         """Sums over the other side: what states give, scores, and for gradients own pairs and the edges' product."""
-        b, wide = self.b, f"(C, {block(self.x)})"
-        for name in [*(self.read_name(m) for m in self.reads), *(self.write_name(r) for r in self.writes)]:
-            b.let(name, call(ZEROS, wide, "tl.float32"))
+        b = self.b
+        if self.own is None:
+            for name in [*(self.read_name(m) for m in self.reads), *(self.write_name(r) for r in self.writes)]:
+                self.zeros(name)
         for m, r in self.pairs:
             b.let(f"score_{m}{r}", call(ZEROS, "(C, C)", "tl.float32"))
             if self.diagonals():
                 b.let(f"own_{m}{r}", call(ZEROS, "(C,)", "tl.float32"))
         if self.plan.gate:
             b.let("edges", call(ZEROS, f"({block(self.x)},)", "tl.float32"))
+
+    def zeros(self, name: str) -> Expr:
+        """A sum over this side's columns, [C, D], at its start."""
+        return self.b.let(name, call(ZEROS, f"(C, {block(self.x)})", "tl.float32"))
 
     def diagonals(self) -> bool:
         """Whether a token's read of its own write is kept apart: scores of both halves have no place for it, and a
@@ -202,30 +218,33 @@ class SideKernel:
 
     # -- over blocks of the other side -------------------------------------------------------------------------------
 
-    def across(self, part: Expr) -> None:
-        """One block of the other side: what it adds to reads and gradients from the states, and to the scores."""
+    def across(self, part: Expr, names: list[str], scores: bool = False, reads: tuple[int, ...] = (),
+               writes: tuple[int, ...] = (), edges: bool = False) -> None:  # fmt: skip
+        """One block of the other side: what it adds to the scores, to these reads and gradients of writes from the
+        states, and to the product of the edges."""
         b, t, o = self.b, self.t, self.o
         t.columns(o, part)
         gate = t.gate(self.far)
-        for n in self.far_names():
+        for n in names:
             t.load(n, o)
         since: Expr | None = None
         if gate is not None:
             b.let(f"sums_{o}", t.sums(t.mask("upto"), gate, False), "of gates from the tile's start, a token's own too")
             since = b.let(f"since_{o}", Expr(f"sums_{o}") if t.late else Expr(f"sums_{o}") - gate)
-        reading = {m: scaled(self.readers[m].on(o), None if since is None else exp(since)) for m in self.reading()}
+        wanted = self.reading() if scores else reads
+        reading = {m: scaled(self.readers[m].on(o), None if since is None else exp(since)) for m in wanted}
         if since is not None:
             reading = {m: b.let(f"reading_{m}", x) for m, x in reading.items()}
-        for m in self.reads:
+        for m in reads:
             b.add(Expr(self.read_name(m)), dot(reading[m], self.state("states")))
-        for r in self.writes:
+        for r in writes:
             written = scaled(self.writers[r].on(o), None if gate is None else t.to_end(gate, False))
             b.add(Expr(self.write_name(r)), dot(written, self.state("ends")))
-        if self.plan.gate:
+        if edges or self.plan.gate and self.own is None:
             b.add(Expr("edges"), call("tl.sum", self.product_of_edges(gate), 0))
-        if gate is None or since is None:
+        if scores and (gate is None or since is None):
             self.scores()
-        else:
+        elif scores:
             self.gated_scores(reading, gate, since)
 
     def state(self, which: str) -> Expr:
@@ -261,49 +280,69 @@ class SideKernel:
             self.b.add(Expr(f"own_{m}{r}"), call("tl.sum", real(read) * real(write), 1))
 
     def gated_scores(self, reading: dict[int, Expr], gate: Expr, since: Expr) -> None:
-        """Scores with decays over the other side, at the tile's start or by levels."""
+        """Scores with decays over the other side: from the tile's start; where a read decays too much for that, by
+        levels down to its block of `LEVELS - 2`, from that block's start; where even that is too much, by all levels."""
         b, t, o = self.b, self.t, self.o
         least = b.let("least", call("tl.min", since, 1), "the strongest decay from the start to each token")
-        b.let("inverse", exp(call("tl.minimum", -Expr(f"sums_{o}"), LIMIT)))
+        b.let("inverse", exp(call("tl.minimum", -Expr(f"sums_{o}"), "LIMIT")))
         for m, r in self.pairs:
             read, write = self.operands(m, r, o)
             self.own_pair(m, r, read, write)
             b.let(f"part_{m}{r}", self.halves(reading[m], real(write) * "inverse"))
-        with b.when(call("tl.min", least, 0) <= LEAST):
+        with b.when(call("tl.min", least, 0) <= -Expr("LIMIT")):
+            same = self.same_block(Expr("LEVELS") - 2)
+            sums = b.let("near_sums", masked_sum(t.mask("upto") & same, gate, "GATE_PARTS"))
+            since = b.let("near_since", sums if t.late else sums - gate)
+            b.let("shift", where(call("tl.min", since, 1) > -Expr("LIMIT"), Expr("LEVELS") - 2, 0),
+                  "the block that each read is anchored in, by its size's logarithm")  # fmt: skip
+            lowest = b.let("lowest", call("tl.min", "shift", 0))
+            shifts = b.let("shifts", self.by_read(Expr("shift")))
             for m, r in self.pairs:
                 b.let(f"exact_{m}{r}", call(ZEROS, "(C, C)", "tl.float32"))
-            with b.loop("level", "LEVELS", "levels") as level:
-                pair, factor = self.level(level, gate)
+            with b.loop("step", Expr("LEVELS") - lowest, "levels") as step:
+                pair, factor = self.level(Expr("LEVELS") - 1 - step, gate)
+                pair = b.let("pair", pair & (Expr("level") >= shifts))
                 for m, r in self.pairs:
                     read, write = self.operands(m, r, o)
                     rows = b.let(f"rows_{m}{r}", where(Expr("upper").rows, real(read), real(write)) * factor)
                     b.add(Expr(f"exact_{m}{r}"), where(pair, dot(rows, trans(rows)), 0.0))
+            inverse = exp(call("tl.minimum", -sums, "LIMIT"))
             for m, r in self.pairs:
                 read, write = self.operands(m, r, o)
-                exact = Expr(f"exact_{m}{r}")
+                near = self.halves(real(read) * exp(since), real(write) * inverse)
+                exact = where(same & (shifts > 0), near, Expr(f"exact_{m}{r}"))
                 if t.late and not self.diagonals():
                     own = call("tl.sum", real(read) * real(write), 1)
-                    exact = where(Expr("row").rows.same(Expr("row").cols), own.rows, exact)
-                b.let(f"part_{m}{r}", where(self.mild(least), Expr(f"part_{m}{r}"), exact))
+                    exact = where(Expr("row").rows.same(Expr("row").cols) & shifts.same(0), own.rows, exact)
+                mild = self.by_read(least) > -Expr("LIMIT")
+                b.let(f"part_{m}{r}", where(mild, Expr(f"part_{m}{r}"), exact))
         for m, r in self.pairs:
             b.add(Expr(f"score_{m}{r}"), Expr(f"part_{m}{r}"))
 
-    def mild(self, least: Expr) -> Expr:
-        """Which pairs may be anchored at the tile's start, by the read of each."""
-        by_row, by_column = least.rows, least.cols
+    def by_read(self, value: Expr) -> Expr:
+        """A value of each read, for each pair."""
         if self.both:
-            return where(self.t.mask("earlier"), by_row, by_column) > LEAST
-        return (by_row if self.reads else by_column) > LEAST
+            return where(self.t.mask("earlier"), value.rows, value.cols)
+        return value.rows if self.reads else value.cols
+
+    def same_block(self, shift: Expr) -> Expr:
+        """Pairs of tokens in one block of 2^shift."""
+        block_of = Expr("row") >> shift
+        return self.b.let("same", block_of.rows.same(block_of.cols))
 
     def level(self, level: Expr, gate: Expr) -> tuple[Expr, Expr]:
         """Which pairs a level anchors, and each token's decay to or from the middle of its block."""
         b, t, row = self.b, self.t, Expr("row")
-        upper = b.let("upper", ((row >> level) & 1).same(1), "in the later half of its block")
+        level = b.let("level", level)
         half = b.let("half", row >> level)
+        upper = b.let("upper", (half & 1).same(1), "in the later half of its block")
         pair = b.let("pair", Expr("^", (half.rows, half.cols)).same(1), "across the middle of a block")
-        inner = b.let("inner", half.rows.same(half.cols) & where(upper.rows, t.since, t.mask("later")),
-                      "gates between a token and the middle")  # fmt: skip
-        return pair, b.let("decay", exp(masked_sum(inner, gate, "GATE_PARTS")))
+        middle = b.let("middle", Expr("<<", (half | 1, level)), "the first token of that half")
+        first = b.let("first", where(upper, middle, row + 1))
+        last = b.let("last", where(upper, row if t.late else row - 1, middle - 1))
+        inner = (row.cols >= first.rows) & (row.cols <= last.rows)
+        b.let("inner", inner, "gates between a token and the middle")
+        return pair, b.let("decay", exp(masked_sum(Expr("inner"), gate, "GATE_PARTS")))
 
     # -- on the own side ---------------------------------------------------------------------------------------------
 
@@ -349,12 +388,12 @@ class SideKernel:
         for name, decay in decays.items():
             b.let(name, Expr(name) * decay)
         if self.plan.gate:
-            self.flows({n: Expr(n) for n in decays}, parts)
+            self.thin_flows(parts)
         for name, part in parts.items():
             b.add(Expr(name), part)
         self.own_pairs()
 
-    def own_pairs(self) -> None:
+    def own_pairs(self, prefix: str = "") -> None:
         """Each token's read of its own write, which no gate decays."""
         if not self.diagonals():
             return
@@ -362,98 +401,133 @@ class SideKernel:
             read, write = self.operands(m, r, self.x)
             own = Expr(f"own_{m}{r}").rows
             if m in self.reads:
-                self.b.add(Expr(self.read_name(m)), own * real(write))
+                self.b.add(Expr(f"{prefix}{self.read_name(m)}"), own * real(write))
             if self.writes:
-                self.b.add(Expr(self.write_name(r)), own * real(read))
+                self.b.add(Expr(f"{prefix}{self.write_name(r)}"), own * real(read))
 
-    def gated(self, gate: Expr) -> None:
-        """With a gate for each of the own side's numbers: products with decayed factors, decayed."""
+    def gated(self, gate: Expr | None) -> None:
+        """With a gate for each of the own side's numbers: products with decayed factors, decayed. First pairs, then what
+        states give, one after the other, so that few sums are on chip at once."""
         b, t = self.b, self.t
-        assert self.own is not None
+        assert self.own is not None and gate is not None
+        names = [*(self.read_name(m) for m in self.reads), *(self.write_name(r) for r in self.writes)]
+        for name in names:
+            self.zeros(f"near_{name}")
+        if self.plan.gate:
+            self.zeros("flow")
+            if not t.late:
+                self.zeros("flow_in")
         sums = b.let("sums", t.sums(t.mask("upto"), gate, False))
         since = b.let("since", sums if t.late else sums - gate)
-        if self.reads:
-            b.let("from_start", exp(since))
-        if self.writes:
-            b.let("to_end", t.to_end(gate, False))
-        names = {self.read_name(m): "from_start" for m in self.reads}
-        names |= {self.write_name(r): "to_end" for r in self.writes}
-        for name, decay in names.items():
-            b.let(name, Expr(name) * decay)
-        for name in names:
-            b.let(f"near_{name}", call(ZEROS, f"(C, {block(self.x)})", "tl.float32"))
+        if self.plan.forward:
+            self.near_by_read(gate, sums, since)
+        else:
+            self.near(gate, sums, since)
+        self.own_pairs("near_")
+        total = f"d_{self.own.name}"
+        if self.plan.gate and not t.late:
+            b.let(total, -Expr("flow_in"))
+        for r in self.writes:
+            name = self.write_name(r)
+            self.zeros(name)
+            with self.blocks() as part:
+                self.across(part, [self.writers[r].on(self.o)], writes=(r,))
+            b.let(name, Expr(name) * t.to_end(gate, False))
+            if self.plan.gate:
+                before = masked_sum(t.mask("earlier"), real(self.writers[r].on(self.x)) * name, Expr("PARTS") // 2)
+                known = r > 0 or not t.late
+                b.let(total, Expr(total) + before if known else before)
+            self.finish(name)
+        for m in self.reads:
+            name = self.read_name(m)
+            self.zeros(name)
+            with self.blocks() as part:
+                self.across(part, [self.readers[m].on(self.o)], reads=(m,), edges=self.plan.gate and m == 0)
+            b.let(name, Expr(name) * t.from_start(gate, False))
+            if self.plan.gate:
+                b.add(Expr("flow"), real(self.readers[m].on(self.x)) * name)
+            self.finish(name)
         if self.plan.gate:
-            b.let("flow", call(ZEROS, f"(C, {block(self.x)})", "tl.float32"))
-            if not t.late:
-                b.let("flow_in", call(ZEROS, f"(C, {block(self.x)})", "tl.float32"))
-        self.near(gate, since)
-        if self.plan.gate:
-            self.flows({n: Expr(n) for n in names}, None)
-        for name in names:
-            b.add(Expr(name), Expr(f"near_{name}"))
-        self.own_pairs()
+            behind = masked_sum(t.mask("later"), Expr("flow"), "PARTS")
+            through = (Expr("edges") * t.total(gate, False)).cols
+            b.add(Expr(total), behind + Expr("flow") + through if t.late else behind + through)
+            self.store(total)
 
-    def near(self, gate: Expr, since: Expr) -> None:
-        """Pairs inside the tile. A forward kernel takes each read as what lies before it allows; backward the whole
-        tile goes one way, since a gradient knows what comes later anyway."""
+    def finish(self, name: str) -> None:
+        """Add the pairs inside the tile and store, if it is a result."""
+        if name in self.outputs():
+            self.b.add(Expr(name), Expr(f"near_{name}"))
+            self.store(name)
+
+    def near(self, gate: Expr, sums: Expr, since: Expr) -> None:
+        """Pairs inside the tile, for gradients: by levels down to blocks that decay by less than `LIMIT`, where all pairs
+        are anchored at the block's start. A gradient knows what comes later anyway, so the whole tile goes one way."""
+        b, t = self.b, self.t
+        mild = where(self.strongest(since) > -Expr("LIMIT"), "LEVELS", 0)
+        b.let("shift", mild, "the blocks that pairs are anchored in, by their size's logarithm")
+        with b.when(Expr("shift").same(0)):
+            same = self.same_block(Expr("LEVELS") - 2)
+            b.let("sums", t.sums(t.mask("upto") & same, gate, False))
+            b.let("since", sums if t.late else sums - gate)
+            b.let("shift", where(self.strongest(since) > -Expr("LIMIT"), Expr("LEVELS") - 2, 0))
+        self.by_levels(gate, Expr("LEVELS") - "shift")
+        with b.when(Expr("shift") > 0):
+            self.at_start(sums, since, self.same_block(Expr("shift")))
+
+    @staticmethod
+    def strongest(since: Expr) -> Expr:
+        return call("tl.min", call("tl.min", since, 1), 0)
+
+    def near_by_read(self, gate: Expr, sums: Expr, since: Expr) -> None:
+        """Pairs inside the tile, each read as what lies before it allows."""
         b = self.b
         least = b.let("least", call("tl.min", since, 1), "the strongest decay from the start to each token")
-        if self.plan.forward:
-            self.at_start()
-            with b.when(call("tl.min", least, 0) <= LEAST):
-                for m in self.reads:
-                    b.let("exact", call(ZEROS, f"(C, {block(self.x)})", "tl.float32"))
-                    self.by_levels(gate, only=m, into="exact")
-                    name = f"near_{self.read_name(m)}"
-                    b.let(name, where(least.rows > LEAST, Expr(name), Expr("exact")))
-            return
-        with b.when(call("tl.min", least, 0) > LEAST):
-            self.at_start()
-        with b.otherwise():
-            self.by_levels(gate)
+        self.at_start(sums, since, None)
+        with b.when(call("tl.min", least, 0) <= -Expr("LIMIT")):
+            kept = {name: b.let(f"mild_{name}", Expr(f"near_{name}")) for name in map(self.read_name, self.reads)}
+            for name in kept:
+                self.zeros(f"near_{name}")
+            self.by_levels(gate, Expr("LEVELS"))
+            for name, mild in kept.items():
+                b.let(f"near_{name}", where(least.rows > -Expr("LIMIT"), mild, Expr(f"near_{name}")))
 
-    def at_start(self) -> None:
-        """All pairs at once, each anchored at the tile's start."""
+    def at_start(self, sums: Expr, since: Expr, same: Expr | None) -> None:
+        """Pairs of a block, all anchored at its start."""
         b, t = self.b, self.t
-        inverse = b.let("inverse", exp(call("tl.minimum", -Expr("sums"), LIMIT)))
-        decay = Expr("from_start") if self.reads else b.let("from_start", exp(Expr("since")))
+        decay = b.let("decay", exp(since))
+        inverse = b.let("inverse", exp(call("tl.minimum", -sums, "LIMIT")))
+        low, high = (t.mask(m) if same is None else t.mask(m) & same for m in ("earlier", "later"))
         for m, r in self.pairs:
             read, write = self.operands(m, r, self.x)
+            if self.writes:
+                reading = b.let("reading", (real(read) * decay).to("DOT"))
+            if self.reads:
+                writing = b.let("writing", (real(write) * inverse).to("DOT"))
             if m in self.reads:
-                factor = b.let("writing", (real(write) * inverse).to("DOT"))
-                part = b.let("crossing", dot(self.used(m, r, t.mask("earlier")), factor))
+                part = b.let("crossing", dot(self.used(m, r, low), writing))
                 b.add(Expr(f"near_{self.read_name(m)}"), part * decay)
                 if self.plan.gate:
-                    b.add(Expr("flow"), real((real(read) * decay).to("DOT")) * part)
+                    b.add(Expr("flow"), real(reading) * part)
             if self.writes:
-                factor = b.let("reading", (real(read) * decay).to("DOT"))
-                part = b.let("crossing", dot(self.used(m, r, t.mask("later")), factor))
+                part = b.let("crossing", dot(self.used(m, r, high), reading))
                 b.add(Expr(f"near_{self.write_name(r)}"), part * inverse)
                 if self.plan.gate:
-                    self.flow_back(real((real(write) * inverse).to("DOT")) * part)
+                    b.add(Expr("flow"), -(real(writing) * part))
+                    if not t.late:
+                        b.add(Expr("flow_in"), real(writing) * part)
 
-    def flow_back(self, value: Expr) -> None:
-        self.b.add(Expr("flow"), -value)
-        if not self.t.late:
-            self.b.add(Expr("flow_in"), value)
-
-    def by_levels(self, gate: Expr, only: int | None = None, into: str = "") -> None:
-        """Each pair in the block whose middle lies between its tokens."""
+    def by_levels(self, gate: Expr, count: Expr) -> None:
+        """Each pair in the block whose middle lies between its tokens, from the largest block down."""
         b = self.b
-        with b.loop("level", "LEVELS", "levels") as level:
-            pair, factor = self.level(level, gate)
+        with b.loop("step", count, "levels") as step:
+            pair, factor = self.level(Expr("LEVELS") - 1 - step, gate)
             upper = Expr("upper").rows
             for m, r in self.pairs:
-                if only not in (None, m):
-                    continue
                 read, write = self.operands(m, r, self.x)
                 reader = real(read) if self.writes else Expr("0.0")
                 writer = real(write) if self.reads else Expr("0.0")
                 rows = b.let("rows", (where(upper, reader, writer) * factor).to("DOT"))
                 part = b.let("crossing", dot(self.used(m, r, pair), rows))
-                if into:
-                    b.add(Expr(into), where(upper, part * factor, 0.0))
-                    continue
                 if m in self.reads:
                     b.add(Expr(f"near_{self.read_name(m)}"), where(upper, part * factor, 0.0))
                 if self.writes:
@@ -466,59 +540,36 @@ class SideKernel:
 
     # -- a log-gate's gradient -----------------------------------------------------------------------------------------
 
-    def flows(self, edges: dict[str, Expr], parts: dict[str, Expr] | None) -> None:
-        """A log-gate's gradient: what passes it. Pairs in the tile enter at the read and leave at the write, so that
-        a sum from the end has those that straddle a gate; what comes from the tile's start is read behind it, what goes
-        to its end was written before; the start's own way to the end passes all gates.
+    def thin_flows(self, parts: dict[str, Expr]) -> None:
+        """The gradient of a log-gate of one number a head: what passes it. Pairs in the tile enter at the read and leave
+        at the write, so that a sum from the end has those that straddle a gate; what comes from the tile's start is read
+        behind it, what goes to its end was written before; the start's own way to the end passes all gates.
 
         The two terms of a pair have the same rounded factors, so that they cancel to float32's accuracy."""
-        b, t = self.b, self.t
-        gate = self.gate_operand()
-        thin = gate.thin
-        flow: Expr | None = None if parts is not None else Expr("flow")
-        inward: Expr | None = None if parts is not None or t.late else Expr("flow_in")
-        before: Expr | None = None
+        b, t, gate = self.b, self.t, self.gate_operand()
+        flow = before = inward = Expr("0.0")
         for m in self.reads:
             name, own = self.read_name(m), real(self.readers[m].on(self.x))
-            term = own * edges[name]
-            if parts is not None:
-                term = term + own * b.let(f"near_{name}", parts[name])
-                parts[name] = Expr(f"near_{name}")
-            flow = term if flow is None else flow + term
+            parts[name] = b.let(f"near_{name}", parts[name])
+            flow = flow + own * (Expr(name) + parts[name])
         for r in self.writes:
             name, own = self.write_name(r), real(self.writers[r].on(self.x))
-            before = own * edges[name] if before is None else before + own * edges[name]
-            if parts is not None:
-                term = own * b.let(f"near_{name}", parts[name])
-                parts[name] = Expr(f"near_{name}")
-                flow = flow - term if flow is not None else -term
-                inward = term if inward is None else inward + term
-        assert flow is not None and before is not None
-        through = Expr("edges") if thin else Expr("edges") * self.t.total(Expr(gate.name), False)
-        own_flow = None if t.late else inward
-        d_gate = f"d_{gate.name}"
-        if thin:
-            flow, before = (call("tl.sum", x, 1, keep_dims="True") for x in (flow, before))
-            own_flow = None if own_flow is None else call("tl.sum", own_flow, 1, keep_dims="True")
-            whole = call("tl.sum", Expr("edges"), 0) * call("tl.sum", t.total(Expr(gate.name), True), 0)
-            passed = b.let("passed", where(t.mask("earlier"), flow, 0.0) + where(t.mask("later"), before, 0.0),
-                           "by each token's own flow, a row, for each gate, a column")  # fmt: skip
-            total = call("tl.sum", passed, 0, keep_dims="True") + whole
-            mine = flow if own_flow is None else -own_flow
-            b.let(d_gate, total + trans(mine))
-            return
+            parts[name] = b.let(f"near_{name}", parts[name])
+            before, inward = before + own * name, inward + own * parts[name]
+        flow, before, inward = (call("tl.sum", x, 1, keep_dims="True") for x in (flow - inward, before, inward))
         b.let("flow", flow)
-        total = masked_sum(t.mask("later"), Expr("flow"), "PARTS") + masked_sum(t.mask("earlier"), before, "PARTS")
-        total = total + (Expr("flow") if own_flow is None else -own_flow) + through.cols
-        b.let(d_gate, total)
+        passed = b.let("passed", where(t.mask("earlier"), Expr("flow"), 0.0) + where(t.mask("later"), before, 0.0),
+                       "by each token's own flow, a row, for each gate, a column")  # fmt: skip
+        whole = call("tl.sum", Expr("edges"), 0) * call("tl.sum", t.total(Expr(gate.name), True), 0)
+        b.let(f"d_{gate.name}", call("tl.sum", passed, 0, keep_dims="True") + whole
+              + trans(Expr("flow") if t.late else -inward))  # fmt: skip
 
-    def results(self) -> None:
+    def store(self, name: str) -> None:
         b, x = self.b, self.x
-        for name in self.outputs():
-            if self.plan.gate and self.gate_operand().thin and name == f"d_{self.gate_operand().name}":
-                blocks = call("tl.cdiv", SIZE[x], block(x))
-                cell = (Expr("base") + Expr("row") * "H") * blocks + "block"  # each program's part of its gradient
-                b.store(Expr(f"{name}_ptr") + cell.cols, Expr(name), Expr("inside").cols)
-            else:
-                pointer, mask = self.t.pointer(name, x)
-                b.store(pointer, Expr(name), mask)
+        if self.plan.gate and self.gate_operand().thin and name == f"d_{self.gate_operand().name}":
+            blocks = call("tl.cdiv", SIZE[x], block(x))
+            cell = (Expr("base") + Expr("row") * "H") * blocks + "block"  # each program's part of its gradient
+            b.store(Expr(f"{name}_ptr") + cell.cols, Expr(name), Expr("inside").cols)
+        else:
+            pointer, mask = self.t.pointer(name, x)
+            b.store(pointer, Expr(name), mask)

@@ -13,10 +13,6 @@ from chunkc.backends.triton.kernel import Builder, Expr, Let, Statement, call, e
 
 SIZE = {"i": "I", "j": "J"}
 FLOOR = "-128.0"  # of a log-gate: exp of it is 0 in float32, and sums of a tile's stay small enough to be subtracted
-LIMIT, LEAST = (
-    "60.0",
-    "-60.0",
-)  # nats that a tile may decay by and still be anchored at its start: exp of it is far inside float32
 
 # Pairs of tokens as matrices of truth values, a row's place against a column's.
 MASKS = {"earlier": "<", "upto": "<=", "later": ">", "onward": ">="}

@@ -12,9 +12,8 @@ from chunkc.bench.masks import NotOfPositions, mask_of
 from chunkc.bench.parts import Part
 from chunkc.bench.roles import attention_roles
 from chunkc.bench.sizes import Sizes
+from chunkc.costs import BACKWARD, least_seconds
 from chunkc.ir import nodes as N
-
-BACKWARD = 2  # a product has two products as its gradient
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,10 @@ class Cost:
     operations_both: float
 
     def limits_ms(self, bandwidth: float, rate: float) -> tuple[float, float]:
-        """The times below which nothing can be: bytes over bytes a second, operations over operations a second."""
+        """The times below which nothing can be."""
         return (
-            max(self.bytes_forward / bandwidth, self.operations_forward / rate) * 1e3,
-            max(self.bytes_both / bandwidth, self.operations_both / rate) * 1e3,
+            least_seconds(self.bytes_forward, self.operations_forward, bandwidth, rate) * 1e3,
+            least_seconds(self.bytes_both, self.operations_both, bandwidth, rate) * 1e3,
         )
 
 

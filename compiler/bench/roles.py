@@ -33,13 +33,18 @@ def roles_of(graph: Graph) -> Roles | None:
             return found
     for node in graph.of_kind(N.Scan):
         if node.i and node.j:
-            return _named("scan", node.id, T=(node.axis,), H=node.batch, K=node.i, V=node.j)
+            return scan_roles(node)
     for node in graph.of_kind(N.Recur):
         for carried in node.carried:
             if len(carried.axes) >= 2 and graph.axis[node.axis].kind == "time":
                 *heads, key, value = carried.axes
                 return _named("recurrence", node.id, T=(node.axis,), H=tuple(heads), K=(key,), V=(value,))
     return None
+
+
+def scan_roles(node: N.Scan) -> Roles:
+    """Those of a state with two sides."""
+    return _named("scan", node.id, T=(node.axis,), H=node.batch, K=node.i, V=node.j)
 
 
 def _named(kind: str, node: str, **letters: tuple[str, ...]) -> Roles:

@@ -11,6 +11,7 @@ from chunkc.bench.roles import Roles
 from chunkc.ir.axes import Number, Size, SizeError, exact
 from chunkc.ir.graph import Unit
 
+LARGEST = 1 << 31  # of any size in the language
 OPEN = 64  # an integer parameter that nothing sets
 USUAL = {"cuda": {"B": 8, "T": 4096, "H": 16, "K": 128, "V": 128}, "cpu": {"B": 1, "T": 512, "H": 4, "K": 64, "V": 64}}
 
@@ -47,8 +48,8 @@ def read_shape(text: str) -> dict[str, int]:
     out: dict[str, int] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not value.isdecimal() or int(value) < 1:
-            raise BenchError(f"'{item}' is not an axis and its size, as in 'T=4096'")
+        if not equals or not value.isdecimal() or len(value) > len(str(LARGEST)) or not 1 <= int(value) <= LARGEST:
+            raise BenchError(f"'{item[:64]}' is not an axis and its size, from 1 to 2^31, as in 'T=4096'")
         out[name] = int(value)
     return out
 
