@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from chunkc.ahead.calls import Caller
+from chunkc.ahead.calls import Caller, with_kernels
 from chunkc.ahead.worker import Absent, compile_only
 from chunkc.backends.triton.ahead import jitted
 
@@ -42,9 +42,7 @@ def first_calls(request: dict[str, Any]) -> dict[str, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         module = importlib.import_module(request["package"])
-        kernels = importlib.import_module(f"{request['package']}._kernels")
-        module._scans = lambda x: kernels  # type: ignore[attr-defined]
-        for kernel in jitted(vars(kernels)):
+        for kernel in jitted(vars(with_kernels(module))):
             kernel.run = partial(compile_only, kernel)
         for unit in request["units"]:
             calls(Caller(module, unit, torch.bfloat16))
@@ -57,6 +55,7 @@ def calls(caller: Caller) -> None:
     for gradients, batch, first, more in itertools.product((True, False), (1, 3), (64, 250, 255), (1, 7, 16)):
         with torch.set_grad_enabled(gradients and more > 1):
             caller.both({"t": first}, {"t": more}, batch)
+    caller.call({"t": 5000}, 1)
     caller.call({"t": 100}, 1, packed=True)
 
 

@@ -4,16 +4,31 @@ Whole sequences, packed and resumed, with gradients and without, and one token a
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 FIRST, STEP = 40, 32  # the length of a unit's first sequence, and by how much others are longer
+LONG = 4096  # of few sequences; what is launched for them may be another kernel
 BATCHES = (2, 1)
 SEQUENCES = 3  # in a packed batch
+
+
+def with_kernels(module: ModuleType) -> ModuleType:
+    """The kernels of an imported package, which takes them for tensors without values too."""
+    kernels = importlib.import_module(f"{module.__name__}._kernels")
+    decides = sys.modules[f"{module.__name__}._runtime"].use_kernels
+    for name, part in sys.modules.items():
+        if name.partition(".")[0] == module.__name__:
+            for known in [n for n, value in vars(part).items() if value is decides]:
+                setattr(part, known, lambda x: True)
+    return kernels
 
 
 class Caller:
@@ -67,6 +82,7 @@ class Caller:
             with torch.set_grad_enabled(gradients):
                 for batch in BATCHES:
                     self.both(lengths, lengths, batch)
+                self.call(dict.fromkeys(self.spaces, LONG), 1)
                 if self.offsets:
                     self.call(lengths, 1, packed=True)
         with torch.no_grad():

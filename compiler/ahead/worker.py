@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime import build, driver
 
-from chunkc.ahead.calls import Caller
+from chunkc.ahead.calls import Caller, with_kernels
 from chunkc.backends.triton.ahead import divert, jitted, request_key
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -190,13 +190,10 @@ def c_compiler() -> str:
 
 
 def import_package(home: Path) -> ModuleType:
-    """The package, which takes its kernels for tensors without values too."""
+    """The package, without a word that nothing was compiled ahead yet."""
     sys.path.insert(0, str(home))
-    warnings.simplefilter("ignore")  # that nothing was compiled ahead yet
-    module = importlib.import_module("package")
-    kernels = importlib.import_module("package._kernels")
-    module._scans = lambda x: kernels  # type: ignore[attr-defined]
-    return module
+    warnings.simplefilter("ignore")
+    return importlib.import_module("package")
 
 
 def work(home: Path) -> dict[str, Any]:
@@ -210,7 +207,7 @@ def work(home: Path) -> dict[str, Any]:
     except RuntimeError as reason:  # no back end of Triton's supports the target
         return {"failed": "no-compiler", "reason": str(reason)}
     module = import_package(home)
-    kernels = jitted(vars(sys.modules["package._kernels"]))
+    kernels = jitted(vars(with_kernels(module)))
     for kernel in kernels:
         divert(kernel, press.take)
         kernel.run = partial(compile_kinds, kernel)
