@@ -52,8 +52,8 @@ def first_calls(request: dict[str, Any]) -> dict[str, list[str]]:
 
 def calls(caller: Caller) -> None:
     """Whole sequences, then more of them; packed; one token."""
-    for gradients, batch, first, more in itertools.product((True, False), (1, 3), (64, 250, 255), (1, 7, 16)):
-        with torch.set_grad_enabled(gradients and more > 1):
+    for gradients, batch, first, more in itertools.product((True, False), (1, 3), (1, 64, 250, 255), (1, 7, 16)):
+        with torch.set_grad_enabled(gradients and first > 1 and more > 1):
             caller.both({"t": first}, {"t": more}, batch)
     caller.call({"t": 5000}, 1)
     caller.call({"t": 100}, 1, packed=True)
