@@ -151,6 +151,18 @@ def test_modules_stay_readable(module: str) -> None:
     assert len(MODULES[module].read_text().splitlines()) <= MAX_LINES
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_are_held_to_the_same(path: Path) -> None:
+    """They see the driver, what `chunkc bench` is made of, and nothing of how kernels come about."""
+    source = path.read_text()
+    found = list(imports(path.stem, source, is_package=False))
+    assert len(source.splitlines()) <= MAX_LINES
+    assert not [i for i in found if i.local and i.ours]
+    assert not [i for i in found if i.module.split(".")[0] in {Path(folder).parts[0] for folder in MAPPING.values()}]
+    allowed = ("chunkc.bench", "chunkc.driver", "chunkc.ir.diagnostics")
+    assert not [i for i in found if i.ours and i.module != "chunkc" and not any(i.within(a) for a in allowed)]
+
+
 @pytest.mark.parametrize(
     "module", below("chunkc.dsl", "chunkc.ir", "chunkc.driver", "chunkc.pipeline", "chunkc.passes")
 )

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -31,6 +31,7 @@ from chunkc.ir.axes import Number
 from chunkc.ir.graph import Unit
 
 SCHEMA = 1
+WORKER = ("-m", "chunkc.bench.worker")
 SEED = 0
 WIDTH = {"bf16": 2, "fp32": 4}
 TIMES = ("forward_ms", "both_ms", "first_s", "peak_mib", "error")
@@ -78,7 +79,7 @@ def bench(compiled: Compiled, path: Path, options: Options, talk: Talk) -> dict[
         found.append(_part(part, sizes, own, wanted, rates, options.limit_seconds, talk))
     return {
         "schema": SCHEMA, "spec": path.name, "unit": unit.name, "device": _device_name(device), "dtype": dtype,
-        "seed": SEED, "settings": dict(sizes.settings), "shape": sizes.named(unit), "versions": _versions(),
+        "seed": SEED, "settings": dict(sizes.settings), "shape": sizes.named(unit), "versions": versions(),
         "copy_bytes_per_s": rates["bandwidth"], "product_operations_per_s": rates["rate"], "parts": found,
     }  # fmt: skip
 
@@ -116,7 +117,7 @@ def _unit(compiled: Compiled, name: str | None) -> Unit:
     return found[-1]
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     def version(name: str) -> str | None:
         try:
             return metadata.version(name)
@@ -177,15 +178,18 @@ def _row(name: str, compared: str, found: Mapping[str, Any], limits: tuple[float
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
-def attempt(request: Mapping[str, Any], limit_seconds: float) -> dict[str, Any]:
-    """Run one candidate in a process of its own; what it found, and the reason if it did not come to its end."""
+def attempt(request: Mapping[str, Any], limit_seconds: float, worker: Sequence[str] = WORKER,
+            environment: Mapping[str, str] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Run one candidate in a process of its own, `worker` with two files; what it found, and the reason if it did not
+    come to its end."""
     with tempfile.TemporaryDirectory() as folder:
         asked, found = Path(folder, "request.json"), Path(folder, "result.json")
         asked.write_text(json.dumps(request))
-        command = [sys.executable, "-m", "chunkc.bench.worker", str(asked), str(found)]
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # waiting threads must not take others' cores
-        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                              errors="replace", start_new_session=True) as child:  # fmt: skip
+        command = [sys.executable, *worker, str(asked), str(found)]
+        passive = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # waiting threads must not take others' cores
+        with subprocess.Popen(command, env={**passive, **(environment or {})}, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+                              ) as child:  # fmt: skip
             try:
                 _, err = child.communicate(timeout=limit_seconds)
                 why = _ending(child.returncode, err)
