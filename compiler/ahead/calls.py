@@ -78,6 +78,11 @@ class Caller:
     def all(self) -> None:
         """Every kind of call."""
         lengths = {space: FIRST + k * STEP for k, space in enumerate(self.spaces)}
+        with torch.no_grad():
+            for batch in BATCHES:
+                one = dict.fromkeys(self.spaces, 1)
+                self.both(one, one, batch)
+                self.both(lengths, one, batch)
         for gradients in (True, False):
             with torch.set_grad_enabled(gradients):
                 for batch in BATCHES:
@@ -85,11 +90,6 @@ class Caller:
                 self.call(dict.fromkeys(self.spaces, LONG), 1)
                 if self.offsets:
                     self.call(lengths, 1, packed=True)
-        with torch.no_grad():
-            for batch in BATCHES:
-                one = dict.fromkeys(self.spaces, 1)
-                self.both(one, one, batch)
-                self.both(lengths, one, batch)
 
     def both(self, lengths: Mapping[str, int], more: Mapping[str, int], batch: int) -> None:
         """A call, and one that goes on from where it ended."""
