@@ -232,10 +232,13 @@ def work(home: Path) -> dict[str, Any]:
 
 
 def compile_kinds(kernel: Any, *args: Any, grid: Any, **more: Any) -> None:
-    """Compile for a launch and for others like it. Triton compiles anew for an integer that 16 divides, for another,
-    and for 1. Where one is 1 there is a single token or sequence, which calls have; the others are tried here."""
+    """Compile for a launch and for others like it. Unless a kernel says otherwise, Triton compiles anew for an integer
+    that 16 divides, for another, and for 1. Where one is 1 there is a single token or sequence, which calls have; the
+    others are tried here."""
     given = dict(zip(kernel.arg_names, args)) | more
-    constant = {p.name for p in kernel.params if p.is_constexpr} | (more.keys() - set(kernel.arg_names))
+    constant = {p.name for p in kernel.params if p.is_constexpr or p.do_not_specialize} | (
+        more.keys() - set(kernel.arg_names)
+    )
     free = {n: v for n, v in given.items() if type(v) is int and v > 1 and n not in constant}
     values = sorted(set(free.values()))  # what is equal is the same length
     for kinds in itertools.product((16, 17), repeat=len(values)):
