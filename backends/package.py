@@ -26,10 +26,19 @@ from chunkc.ir.rewrite import Rebinding
 Tiles = Mapping[str, Mapping[str, list[Tile]]]  # the functions of each unit's attentions
 AT_RUN_TIME = Path(__file__).parent / "torch"  # modules that are copied into packages
 SHARED = Path(__file__).parent / "dist"  # those of parallel layouts
+KERNELS = Path(__file__).parent / "triton"
+TAKE = """
+
+from . import _ahead  # takes the kernels above from what was compiled already
+
+_ahead.install(globals())
+"""
 
 
-def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[str, Number]) -> dict[str, str]:
-    """The files of the package for these units at the normal level, by name; `settings` replace defaults."""
+def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[str, Number], *, ahead: bool = False
+               ) -> dict[str, str]:  # fmt: skip
+    """The files of the package for these units at the normal level, by name; `settings` replace defaults. With `ahead`
+    its kernels are taken from what is compiled ahead."""
     lines = Lines(source)
     names = [{identifier(p.name): p.name for p in u.params} for u in units]
     units = tuple(_safe_names(u) for u in units)
@@ -39,10 +48,11 @@ def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[st
     return {
         "__init__.py": head + "\n" + _modules(units, names, lines, settings, tiles),
         "_torch.py": head + "\n" + _torch(units, lines, tiles),
-        "_kernels.py": head + "\n" + emit_kernels(units, lines, tiles),
+        "_kernels.py": head + "\n" + emit_kernels(units, lines, tiles) + (TAKE if ahead else ""),
         **{f"_{name}.py": _copied(name) for name in ("checks", "elementwise", "functions", "runtime")},
         **({"_chunks.py": _copied("chunks")} if any(u.graph.of_kind(N.Segment) for u in units) else {}),
         **({"_attend.py": _copied("attend")} if any(u.graph.of_kind(N.Attend) for u in units) else {}),
+        **({"_ahead.py": _copied("ahead", KERNELS)} if ahead else {}),
         **_shared(units, lines, head),
     }
 

@@ -44,10 +44,12 @@ def check(path: str | Path) -> tuple[Diagnostic, ...]:
         return failure.diagnostics
 
 
-def build(path: str | Path, out_dir: str | Path, settings: Mapping[str, int | float | bool] | None = None) -> Path:
+def build(path: str | Path, out_dir: str | Path, settings: Mapping[str, int | float | bool] | None = None, *,
+          target: str | None = None, dtype: str = "bf16") -> Path:  # fmt: skip
     """Compile a spec file into the package `out_dir/<name of the file>`; the package's folder.
 
-    `settings` fixes parameters by name.
+    `settings` fixes parameters by name. With `target`, as `sm_90`, the package holds its kernels compiled for that GPU
+    and inputs of this dtype.
 
     Raises:
         CompileError: if the spec is wrong, or the folder holds something that is no emitted package.
@@ -55,15 +57,14 @@ def build(path: str | Path, out_dir: str | Path, settings: Mapping[str, int | fl
     """
     from pathlib import Path
 
-    from chunkc.artifact import pack, package_name, publish, spec_name
-    from chunkc.backends.package import emit_files
-    from chunkc.driver import compile_source
+    from chunkc.ahead.targets import Ahead
+    from chunkc.artifact import spec_name
+    from chunkc.building import build_source
     from chunkc.ir.diagnostics import SourceFile
 
     source = SourceFile.read(Path(path), spec_name(path))
-    folder = Path(out_dir) / package_name(source.name)
-    publish(pack(compile_source(source), emit_files, settings or {}), folder)
-    return folder
+    ahead = None if target is None else Ahead(target, dtype)
+    return build_source(source, Path(out_dir), settings or {}, ahead).folder
 
 
 def load(path: str | Path, settings: Mapping[str, int | float | bool] | None = None) -> ModuleType:
@@ -83,7 +84,7 @@ def load(path: str | Path, settings: Mapping[str, int | float | bool] | None = N
     source = gather(SourceFile.read(Path(path), spec_name(path)))
     chosen = settings or {}
 
-    def make() -> dict[str, str]:
+    def make() -> dict[str, str | bytes]:
         from chunkc.backends.package import emit_files
         from chunkc.driver import compile_source
 

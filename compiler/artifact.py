@@ -44,9 +44,12 @@ MODULES = frozenset(
      "math", "numbers", "operator", "os", "signal", "sys", "threading", "time", "torch", "triton", "types", "typing",
      "warnings", "weakref")
 )  # fmt: skip
+OF_FILE = {"_ahead.py": frozenset(("hashlib", "json", "pathlib", "sysconfig", "warnings"))}  # it reads what it verifies
 OF_OS = frozenset(("environ", "getenv"))
 FORBIDDEN_CALLS = frozenset(("eval", "exec", "compile", "__import__", "open"))
 Emitter = Callable[[SourceFile, tuple[Unit, ...], Mapping[str, Number]], Mapping[str, str]]
+Files = Mapping[str, str | bytes]  # of a package, by the path within it
+Compiler = Callable[[Mapping[str, str], Mapping[str, Number]], Mapping[str, bytes]]
 
 
 class SettingError(ValueError):
@@ -69,13 +72,14 @@ class Manifest(BaseModel):
     spec: str
     spec_sha256: str
     settings: dict[str, bool | int | float] = {}
+    ahead: dict[str, str] | None = None  # what its kernels were compiled for and by, if they were
     schedules: dict[str, dict[str, bool]] = {}  # what each layer or op demands, the settings by name
     files: dict[str, str]
     fingerprint: str
 
     def text(self) -> str:
         """The same manifest is always the same text."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+        return json.dumps(self.model_dump(mode="json", exclude_none=True), indent=2, sort_keys=True) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -87,7 +91,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def sha256(data: str | bytes) -> str:
-    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+    return hashlib.sha256(as_bytes(data)).hexdigest()
 
 
 # -- what goes in ------------------------------------------------------------------------------------------------------
@@ -120,8 +124,8 @@ def compiler_sha256() -> str:
     return sha256("\n".join(sorted(found.values())))
 
 
-def fingerprint(source: SourceFile, settings: Mapping[str, Number]) -> str:
-    """A hash of all that shapes the emitted text.
+def fingerprint(source: SourceFile, settings: Mapping[str, Number], ahead: Mapping[str, str] | None = None) -> str:
+    """A hash of all that shapes the package; `ahead` is what its kernels are compiled for and by.
 
     Of the spec and the files that it uses, the tokens and their lines count: emitted comments name lines, and nothing
     else of the layout."""
@@ -133,6 +137,8 @@ def fingerprint(source: SourceFile, settings: Mapping[str, Number]) -> str:
             spelled.append([file.text])  # never stored: compiling it fails, and says all that is wrong
     chosen = sorted((name, type(value).__name__, repr(value)) for name, value in settings.items())
     parts: list[object] = [source.name, spelled, chosen, __version__, compiler_sha256(), FORMAT, CONTRACT]
+    if ahead is not None:
+        parts.append(sorted(ahead.items()))
     return sha256(json.dumps(parts))
 
 
@@ -180,10 +186,12 @@ def fit_settings(units: Iterable[Unit], settings: Mapping[str, Number]) -> dict[
 # -- what comes out ----------------------------------------------------------------------------------------------------
 
 
-def pack(compiled: Compiled, emit: Emitter, settings: Mapping[str, Number]) -> dict[str, str]:
+def pack(compiled: Compiled, emit: Emitter, settings: Mapping[str, Number], ahead: Mapping[str, str] | None = None,
+         compile_kernels: Compiler | None = None) -> dict[str, str | bytes]:  # fmt: skip
     """All files of the package by name, the manifest last; the same input is always the same text.
 
-    `emit` makes the Python files from the source, the units and the settings.
+    `emit` makes the Python files from the source, the units and the settings, `compile_kernels` what is compiled ahead
+    from these files and the settings; `ahead` says for what and by what.
 
     Raises:
         SettingError: if a setting does not fit the spec.
@@ -192,12 +200,14 @@ def pack(compiled: Compiled, emit: Emitter, settings: Mapping[str, Number]) -> d
     source = compiled.checked.source
     chosen = fit_settings(compiled.units, settings)
     emitted = emit(source, compiled.units, chosen)
-    files = {name: emitted[name] for name in sorted(emitted)}
-    verify(files)
+    texts = {name: emitted[name] for name in sorted(emitted)}
+    verify(texts)
+    files: dict[str, str | bytes] = {**texts, **(compile_kernels(texts, chosen) if compile_kernels else {})}
     manifest = Manifest(
         compiler=__version__, spec=source.name, spec_sha256=sha256(source.text), settings=chosen,
         schedules={unit.name: unit.schedule.demands() for unit in compiled.units},
-        files={name: sha256(text) for name, text in files.items()}, fingerprint=fingerprint(source, settings),
+        ahead=None if ahead is None else dict(ahead),
+        files={name: sha256(data) for name, data in files.items()}, fingerprint=fingerprint(source, settings, ahead),
     )  # fmt: skip
     return {**files, MANIFEST: manifest.text()}
 
@@ -218,21 +228,21 @@ def verify(files: Mapping[str, str]) -> None:
         except (SyntaxError, ValueError) as reason:
             raise EmissionError(f"{name} is no Python: {reason}") from reason
         for node in ast.walk(tree):
-            bad = _forbidden(node, files)
+            bad = _forbidden(node, files, MODULES | OF_FILE.get(name, frozenset()))
             if bad:
                 raise EmissionError(f"{name}:{getattr(node, 'lineno', 0)}: an emitted package may not use {bad}")
 
 
-def _forbidden(node: ast.AST, files: Mapping[str, str]) -> str:
-    """What a node uses that an emitted package may not; empty if nothing."""
+def _forbidden(node: ast.AST, files: Mapping[str, str], modules: frozenset[str]) -> str:
+    """What a node uses that an emitted package may not, beside these modules; empty if nothing."""
     if isinstance(node, ast.Import):
-        return next((a.name for a in node.names if a.name.partition(".")[0] not in MODULES), "")
+        return next((a.name for a in node.names if a.name.partition(".")[0] not in modules), "")
     if isinstance(node, ast.ImportFrom) and node.module == "os":
         return next((f"os.{a.name}" for a in node.names if a.name not in OF_OS), "")
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
         return "" if node.attr in OF_OS else f"os.{node.attr}"
     if isinstance(node, ast.ImportFrom) and not node.level:
-        return "" if (node.module or "").partition(".")[0] in MODULES else str(node.module)
+        return "" if (node.module or "").partition(".")[0] in modules else str(node.module)
     if isinstance(node, ast.ImportFrom):
         wanted = [node.module] if node.module else [a.name for a in node.names]
         missing = next((m for m in wanted if node.level > 1 or f"{m}.py" not in files), None)
@@ -245,26 +255,32 @@ def _forbidden(node: ast.AST, files: Mapping[str, str]) -> str:
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
-def differing(files: Mapping[str, str], folder: Path) -> list[str]:
-    """The names of the files that the folder has not, or has with another text, or has too many."""
+def differing(files: Files, folder: Path) -> list[str]:
+    """The names of the files that the folder has not, or has with other content, or has too many."""
     out = []
-    for name, text in files.items():
+    for name, content in files.items():
         try:
-            same = (folder / name).read_bytes() == text.encode()
+            same = (folder / name).read_bytes() == as_bytes(content)
         except OSError:
             same = False
         if not same:
             out.append(name)
-    return out + [name for name in _strangers(folder, files) if name.endswith(".py")]
+    return out + [name for name in _strangers(folder, files) if name.endswith(".py") or "/" in name]
+
+
+def as_bytes(content: str | bytes) -> bytes:
+    return content.encode() if isinstance(content, str) else content
 
 
 def _strangers(folder: Path, known: Iterable[str]) -> list[str]:
     """What a folder holds beside the known files and what Python writes itself."""
     names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    return sorted(names - {*known, MANIFEST, "__pycache__"})
+    inner = {name.partition("/")[0] for name in known if "/" in name}  # folders of the package's own
+    names |= {f"{name}/{p.name}" for name in inner & names for p in (folder / name).iterdir()}
+    return sorted(names - {*known, *inner, MANIFEST, "__pycache__"})
 
 
-def publish(files: Mapping[str, str], folder: Path) -> bool:
+def publish(files: Files, folder: Path) -> bool:
     """Write a package in one step; False if the folder held just these files already.
 
     An interrupted run leaves the old package whole, or the new one.
@@ -295,7 +311,7 @@ def _not_a_package(folder: Path, why: str) -> CompileError:
     return CompileError([error("not-a-package", message, Span(str(folder), 0, 0), notes=(why,), hints=hints)])
 
 
-def replace_folder(files: Mapping[str, str], folder: Path) -> None:
+def replace_folder(files: Files, folder: Path) -> None:
     """Put the files where the folder is, whatever it holds, by renaming a folder written beside it."""
     parent = folder.parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -303,18 +319,22 @@ def replace_folder(files: Mapping[str, str], folder: Path) -> None:
     new = parent / f".{folder.name}.new-{secrets.token_hex(6)}"
     try:
         new.mkdir()
-        for name, text in files.items():  # the manifest is last in the order: without it a folder is no package
-            _write(new / name, text)
-        _sync(new)
+        inner = sorted({(new / name).parent for name in files} - {new})
+        for made in inner:
+            made.mkdir()
+        for name, content in files.items():  # the manifest is last in the order: without it a folder is no package
+            _write(new / name, as_bytes(content))
+        for written in (*inner, new):
+            _sync(written)
         _swap(new, folder)
         _sync(parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
-        file.write(text.encode())
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -11,12 +11,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from chunkc import __version__
-from chunkc.artifact import MANIFEST, read_manifest, replace_folder, sha256
+from chunkc.artifact import MANIFEST, Files, read_manifest, replace_folder, sha256
 
 ENTRY = re.compile(r"[A-Za-z_]\w*-[0-9a-f]{32}|\.[A-Za-z_]\w*-[0-9a-f]{32}\.(new|old|gone)-[0-9a-f]+")
 
@@ -51,7 +51,7 @@ def is_valid(folder: Path, key: str) -> bool:
         return False
 
 
-def fetch(key: str, name: str, make: Callable[[], Mapping[str, str]]) -> Path:
+def fetch(key: str, name: str, make: Callable[[], Files]) -> Path:
     """The folder of the package with this fingerprint; `make` gives its files if the store has no whole one.
 
     Where the store cannot be written, the package lies in a folder that goes with the process."""

@@ -195,36 +195,40 @@ def _count(n: int, what: str) -> str:
               help="The folder that gets the package, itself a folder with the file's name.")  # fmt: skip
 @click.option("--set", "chosen", multiple=True, metavar="NAME=VALUE", help="Fix a parameter; may be repeated.")
 @click.option("--check", "only_check", is_flag=True, help="Write nothing; fail if the package is out of date.")
+@click.option("--target", metavar="GPU", help="Compile the kernels for sm_80, sm_89, sm_90, sm_100, gfx942 or gfx950.")
+@click.option("--aot", is_flag=True, help="Put the compiled kernels into the package; needs --target.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True,
+              help="With --target: the type of inputs.")  # fmt: skip
 @_common
 @click.pass_obj
-def build(session: Session, file: str, out: Path, chosen: tuple[str, ...], only_check: bool) -> int:
+def build(session: Session, file: str, out: Path, chosen: tuple[str, ...], only_check: bool, target: str | None,
+          aot: bool, dtype: str) -> int:  # fmt: skip
     """Compile a spec file into a Python package."""
-    from chunkc.artifact import SettingError, differing, pack, package_name, publish, read_setting, spec_name
-    from chunkc.backends.package import emit_files
-    from chunkc.driver import compile_source
+    from chunkc.ahead.targets import Ahead
+    from chunkc.artifact import SettingError, read_setting, spec_name
+    from chunkc.building import Built, build_source
 
     if file == "-":
         raise click.UsageError("a package has the name of its file: build does not read stdin")
-    stale: list[str] = []
+    if aot and target is None:
+        raise click.UsageError("--aot needs to know the GPU: --target sm_90, for example")
+    built = Built(out)
     try:
         settings = dict(read_setting(text) for text in chosen)
         with session.collecting():
-            source = session.read(file, spec_name(file))
-            compiled = compile_source(source)
-            session.found.extend(compiled.checked.warnings)
-            files = pack(compiled, emit_files, settings)
-            folder = out / package_name(source.name)
-            if only_check:
-                stale = differing(files, folder)
-            else:
-                publish(files, folder)
-                click.echo(folder)
+            ahead = None if target is None else Ahead(target, dtype, aot)
+            built = build_source(session.read(file, spec_name(file)), out, settings, ahead, only_check)
+            session.found.extend(built.warnings)
+            if not only_check:
+                click.echo(built.folder)
     except SettingError as reason:
         raise click.BadParameter(str(reason), param_hint="'--set'") from None
-    if stale:
-        session.talk(f"{folder} is out of date: {', '.join(stale)}")
+    for line in built.report:
+        session.talk(line)
+    if built.stale:
+        session.talk(f"{built.folder} is out of date: {', '.join(built.stale)}")
     _show_as(session, spec_name(file), file)
-    return max(session.finish(), FOUND if stale else CLEAN)
+    return max(session.finish(), FOUND if built.stale else CLEAN)
 
 
 def _show_as(session: Session, name: str, path: str) -> None:

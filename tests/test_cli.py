@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import pytest
 
 import chunkc
-from chunkc import artifact, cli, driver
+from chunkc import artifact, building, cli, driver
 from chunkc.artifact import SettingError
 from chunkc.costs import MACHINES
 from chunkc.ir.diagnostics import CompileError, Diagnostic, SourceFile, Span, render_github
@@ -61,6 +61,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def emit_by(monkeypatch: pytest.MonkeyPatch, emit: Callable[..., object]) -> None:
+    """Stand in for the back ends, of `build` and of `load`."""
+    monkeypatch.setattr(building, "emit_files", emit)
+    stub(monkeypatch, "chunkc.backends.package", emit_files=emit)
+
+
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A back end that writes down what it was given."""
@@ -68,7 +74,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> None:
     def emit_files(source: SourceFile, units: tuple[object, ...], settings: dict[str, object]) -> dict[str, str]:
         return {"__init__.py": f"GIVEN = {source.name!r}, {len(units)}, {settings!r}\n"}
 
-    stub(monkeypatch, "chunkc.backends.package", emit_files=emit_files)
+    emit_by(monkeypatch, emit_files)
 
 
 @pytest.fixture
@@ -500,7 +506,7 @@ def test_internal_errors_are_owned(capsys: pytest.CaptureFixture[str], monkeypat
 def test_a_back_end_that_emits_nonsense_is_a_bug(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stub(monkeypatch, "chunkc.backends.package", emit_files=lambda *_: {"__init__.py": "def"})
+    emit_by(monkeypatch, lambda *_: {"__init__.py": "def"})
     assert cli.run(["build", "good.spec", "-o", "out"]) == 3
     assert "this is a bug in chunkc" in capsys.readouterr().err
     assert not Path("out").exists()
@@ -633,7 +639,7 @@ def test_load_compiles_once(monkeypatch: pytest.MonkeyPatch, backend: None) -> N
     def again(*_: object) -> None:
         raise AssertionError("compiled again")
 
-    stub(monkeypatch, "chunkc.backends.package", emit_files=again)
+    emit_by(monkeypatch, again)
     assert chunkc.load("good.spec") is first
     Path("good.spec").write_text(GOOD.replace("scale * x", "scale*x  # the same"))
     assert chunkc.load("good.spec") is first

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import attentions
 import cases
@@ -17,7 +21,9 @@ from test_language import built as construct
 from test_language import settings
 from test_numerics import ALL, EDGES, PACKED, SETTINGS, SHIPPED, allowed, at_edges, built, gates
 
+import chunkc
 from chunkc import cli
+from chunkc.ahead.targets import TARGETS
 
 __all__ = ["built"]
 pytestmark = [
@@ -233,3 +239,27 @@ def test_packed_batches_compile(name):  # type: ignore[no-untyped-def]
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
     for a, b in zip(*(inside.results(f, x, offsets, weights) for f in (compiled, made))):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gated_linear_attention", "causal_attention"])
+def test_first_calls_compile_nothing_that_was_compiled_ahead(tmp_path, name):  # type: ignore[no-untyped-def]
+    settings = {"d_model": 256, "heads": 4}
+    major, minor = torch.cuda.get_device_capability()
+    if (target := f"sm_{major}{minor}") not in TARGETS:
+        pytest.skip(f"nothing is compiled ahead for {target}")
+    package = chunkc.build(SPECS / f"{name}.spec", tmp_path / "ahead", settings, target=target)
+    plain = chunkc.build(SPECS / f"{name}.spec", tmp_path / "plain", settings)
+    ahead, usual = first_call(package, settings, "--no-compiler"), first_call(plain, settings)
+    assert ahead["said"] == usual["said"] == []
+    assert ahead["values"] == usual["values"]
+    assert ahead["all_s"] < usual["all_s"]
+
+
+def first_call(package, settings, *options):  # type: ignore[no-untyped-def]
+    """In a process of its own, whose cache is empty."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(package.parent / "cache"),
+                   "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # fmt: skip
+    command = [sys.executable, Path(__file__).parent / "first_call.py", package.parent, package.name]
+    done = subprocess.run([*command, json.dumps(settings), *options], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])

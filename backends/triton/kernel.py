@@ -275,7 +275,8 @@ class Kernel:
                 yield from s.cond.walk()
 
     def print(self, w: Writer) -> None:
-        w("@triton.jit")
+        lengths = [a for a in self.arguments if not a.endswith("_ptr")]  # of which none makes Triton compile again
+        w(f"@triton.jit(do_not_specialize={lengths})".replace("'", '"') if lengths else "@triton.jit")
         arguments = [*self.arguments, *(f"{c}: tl.constexpr" for c in self.constants)]
         with w.indented(f"def {self.name}("):
             line = ""

@@ -38,7 +38,7 @@ def parse_kernels(text: str) -> dict[str, Kernel]:
         ValueError: a kernel's text is none that a kernel prints; the number of the line first.
     """
     functions = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef)]
-    jitted = [f for f in functions if any(ast.unparse(d) == "triton.jit" for d in f.decorator_list)]
+    jitted = [f for f in functions if any(ast.unparse(d).startswith("triton.jit") for d in f.decorator_list)]
     kernels = [f for f in jitted if not any(isinstance(n, ast.Return) for n in ast.walk(f))]
     reader = _Reader(text)
     return {f.name: reader.kernel(f) for f in kernels}
