@@ -12,6 +12,9 @@ from chunkc.ir import nodes as N
 from chunkc.ir.graph import Unit
 
 Side = Literal["i", "j"]
+Anchor = Literal["start", "blocks", "levels"]  # where kernels take a pair's decay apart: see `backends/triton/side.py`
+TILE = 64
+LIMIT = 80.0  # nats that tokens may decay by if they are anchored at the first one: exp of it is far inside float32
 
 
 def other(side: Side) -> Side:
@@ -81,6 +84,20 @@ class ScanForm:
         """How many nats a token may decay by in one of its numbers, by what is proven of the gates."""
         lows = [n.low for g, n in zip(self.gates, self.scan.gates) if not g.thin and n.log]
         return max((-low for low in lows), default=0.0) if len(lows) == len(self.wide()) else math.inf
+
+    def mild(self) -> tuple[Anchor | None, bool]:
+        """The anchor of tiles that decay little, and whether all tiles are proven to; with products in bfloat16.
+
+        None if no pair needs an anchor, or if the spec demands that tokens change nothing of what comes before them:
+        which anchor a tile takes depends on all of it."""
+        most = self.strongest()
+        if not self.wide():
+            return None, False
+        if most * TILE <= LIMIT:
+            return "start", True
+        if most * (TILE // 4) <= LIMIT:
+            return "blocks", True
+        return (None if self.fixed else "start"), False
 
     def gate(self, side: Side) -> Operand | None:
         return next((g for g in self.gates if g.side == side), None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chunkc.artifact import fit_settings
+from chunkc.backends.scan import LIMIT, TILE, scan_form
 from chunkc.bench.roles import scan_roles
 from chunkc.bench.sizes import BenchError, Sizes, resolve
 from chunkc.costs import (
@@ -38,6 +39,11 @@ USED = {
     "tiles": "tiles: PyTorch, all tiles of a sequence at once, then over their edges",
     "steps": "steps: PyTorch, one step after the other",
 }
+
+BY_TILE = (
+    f"in bfloat16 a tile of {TILE} tokens that decays by less than {LIMIT:g} nats is anchored at its start, which later "
+    "tokens of the tile may change: prefix_invariant = true forbids it"
+)
 
 
 @dataclass(frozen=True)
@@ -79,14 +85,23 @@ def invariance(source: SourceFile, unit: Unit, node: N.Scan | N.Recur) -> dict[s
         "holds": not moved,
         "because": moved,
         "in_kernels": used in ("passes", "walk"),
+        "by_tile": used == "passes" and isinstance(node, N.Scan) and _chosen_by_tile(unit, node),
         "in_pytorch": "always" if used == "walk" else "where products do not depend on how many stand beside them",
         "changes_at": [],  # the sizes at which another schedule is taken: one serves all
     }
 
 
+def _chosen_by_tile(unit: Unit, node: N.Scan) -> bool:
+    """Whether kernels treat a tile by what all of its tokens decay by."""
+    axes = {n.id: n.axes for n in unit.graph.nodes}
+    anchor, proven = scan_form(node, axes, fixed=unit.schedule.prefix_invariant).mild()
+    return anchor is not None and not proven
+
+
 def render_schedule(r: Mapping[str, Any]) -> list[str]:
     kept = r["prefix_invariant"]
-    where = [*(["in kernels"] if kept["in_kernels"] else []), f"in PyTorch {kept['in_pytorch']}"]
+    kernels = "in kernels" + (f" with products in float32 ({BY_TILE})" if kept["by_tile"] else "")
+    where = [*([kernels] if kept["in_kernels"] else []), f"in PyTorch {kept['in_pytorch']}"]
     holds = f"yes, {'; '.join(where)}; the schedule changes at: none" if kept["holds"] else f"no, {kept['because']}"
     demanded = f"; demanded  ({kept['line']})" if kept["demanded"] else ""
     return [f"    schedule    {USED[r['schedule']['used']]}", f"    prefix-invariant: {holds}{demanded}"]

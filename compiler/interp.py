@@ -509,9 +509,9 @@ class Interpreter:
             self.trajectories[node.id] = torch.stack(ordered) if states else state.new_zeros((0, *state.shape))
         out = []
         for index, row in enumerate(rows):
-            shape = [self.size(a) for a in node.result_axes(index)]
+            sizes = [self.size(a) for a in node.result_axes(index)]
             ordered = row[::-1] if node.reverse else row
-            out.append(torch.stack(ordered).reshape(shape) if row else torch.zeros(shape, dtype=state.dtype))
+            out.append(torch.stack(ordered).reshape(sizes) if row else torch.zeros(sizes, dtype=state.dtype))
         return [*out, state]
 
     def gate_gradient(self, node: N.GateGradient) -> Tensor:

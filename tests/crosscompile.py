@@ -21,29 +21,38 @@ TARGETS = {
 }
 
 
+PLACES = ("tile_start", "tile_stop", "sequence_start", "sequence_tile", "is_mild")
+TABLES = ("tile_start_ptr", "tile_stop_ptr", "offsets_ptr", "first_tile_ptr")  # a dense batch has none
+
+
 def sources(kernels: ModuleType) -> dict[str, Any]:
     """The jitted functions of a kernels module by name."""
     found = {n: f for n, f in vars(kernels).items() if isinstance(f, triton.runtime.jit.JITFunction)}
-    helpers = {"masked_sum", "join", "join_max", "walk", "walk_max", "times", "product"}
+    helpers = {"masked_sum", "join", "join_max", "walk", "walk_max", "times", "product", *PLACES}
     return {n: f for n, f in found.items() if n not in helpers}
 
 
-def compile_kernel(kernel: Any, target: str, warps: int, size: int = 128, **blocks: int) -> Any:
-    """The compiled kernel for bfloat16 operands and I = J = `size`."""
+def compile_kernel(kernel: Any, target: str, warps: int, size: int = 128, stages: int = 1, **blocks: int) -> Any:
+    """The compiled kernel for bfloat16 operands and I = J = `size`, in a dense batch."""
     known = {
         "H": 4, "I": size, "J": size, "D": size, "C": 64, "LEVELS": 6, "BI": 64, "BJ": 64, "BD": 64, "AFTER": 1,
-        "DOT": tl.bfloat16, "PRECISION": "ieee", "SPLIT": True, **blocks,
+        "AI": size, "AJ": size, "DOT": tl.bfloat16, "PRECISION": "ieee", "PARTS": 2, "GATE_PARTS": 2, "LIMIT": 80.0,
+        **dict.fromkeys(TABLES), **blocks,
     }  # fmt: skip
     signature, constants = {}, {}
     for name in kernel.arg_names:
         if name in known:
             signature[name], constants[name] = "constexpr", known[name]
+        elif not name.endswith("_ptr"):
+            signature[name] = "i32"
         else:
             integer = name.startswith(("tile_", "first_tile", "bounds"))
-            signature[name] = "*i64" if integer else "*fp32"
-    attrs = {(k,): [["tt.divisibility", 16]] for k, n in enumerate(kernel.arg_names) if n not in known}
+            real = name.startswith(("initial", "last", "state_ptr", "next", "totals", "a_ptr", "b_ptr", "out_ptr"))
+            signature[name] = "*i64" if integer else "*fp32" if real else "*bf16"
+    pointers = [(k, n) for k, n in enumerate(kernel.arg_names) if n not in known and n.endswith("_ptr")]
+    attrs = {(k,): [["tt.divisibility", 16]] for k, _ in pointers}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "num_stages": 1})
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "num_stages": stages})
 
 
 def usage(compiled: Any) -> dict[str, int]:

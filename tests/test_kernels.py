@@ -183,7 +183,7 @@ class Launches:
         return torch.full(shape, float("nan"), dtype=torch.float64)  # what nobody writes shows
 
     def run(self, launch: T.Kernel, block: int) -> None:
-        """A launch: where tiles are told apart, by the kernel for those that decay little and by the one for the rest."""
+        """A launch; where tiles are told apart, by the kernel for those that decay little and by that for the rest."""
         for role, kernel in self.scan.kernels.items():
             if role == launch.role or role in (f"{launch.role}_start", f"{launch.role}_blocks"):
                 self.run_kernel(kernel, launch, block)

@@ -157,7 +157,8 @@ def test_every_text_has_been_cut_into_tiles() -> None:
 
 @pytest.fixture(scope="module")
 def kernels() -> Graph:
-    graph = scans("gated")[0].node.kernels_backward
+    """Of a gate that is no logarithm: its gradient has kernels of its own."""
+    graph = scans("raw_key")[0].node.kernels_backward
     assert graph is not None
     verify(graph, "fused")
     return graph
@@ -177,7 +178,7 @@ def test_what_stays_between_kernels() -> None:
             assert [b.id for b in forward.of_kind(T.Buffer) if b.life != "result"] == ["states"]
             kept = [b for b in backward.of_kind(T.Buffer) if b.life != "result"]
             assert kept[0].id == "ends" and all(b.id.endswith("_edges") for b in kept[1:])
-            assert len(kept) == 1 + (len(scan.node.gates) == 1)
+            assert len(kept) == 1 + (len(scan.node.gates) == 1 and not scan.node.gates[0].log)
             assert [k.role for k in forward.of_kind(T.Kernel)][0] == "states"
             assert 3 <= len(backward.of_kind(T.Kernel)) <= 6
 
@@ -186,9 +187,17 @@ def test_a_kernel_computes_no_more_than_it_writes(kernels: Graph) -> None:
     roles = {k.role: k.body for k in kernels.of_kind(T.Kernel)}
     assert set(roles) == {"ends", "grad_j", "grad_i", "edges_i", "gate_i"}
     assert not roles["ends"].of_kind(T.Halving) and not roles["edges_i"].of_kind(T.Halving)
-    assert {n.name for n in roles["gate_i"].of_kind(N.Input)} == {"g", "k", "v", "q", "d_out_q", "d_g_edges"}
+    assert {n.name for n in roles["gate_i"].of_kind(N.Input)} == {"a", "k", "v", "q", "d_out_q", "d_a_edges"}
     (halving,) = roles["grad_j"].of_kind(T.Halving)
     assert len(halving.totals) == len(halving.parts) == 1
+
+
+def test_a_log_gates_gradient_comes_with_its_sides() -> None:
+    graph = scans("gated")[0].node.kernels_backward
+    assert graph is not None
+    assert [k.role for k in graph.of_kind(T.Kernel)] == ["ends", "grad_j", "grad_i"]
+    (own,) = (k for k in graph.of_kind(T.Kernel) if k.role == "grad_i")
+    assert [name for name, _ in own.body.outputs] == ["d_k", "d_q", "d_g"]
 
 
 def test_rejects_kernels(kernels: Graph) -> None:
@@ -229,7 +238,7 @@ def test_graph_of_lower_levels(tmp_path: Path, capsys: pytest.CaptureFixture[str
     comments = re.compile("  # .*")  # they name the file as it was given
     emitted = comments.sub("", (tmp_path / "retention" / "_kernels.py").read_text())
     kernels = [k for k in re.split(r"@triton.jit.*\n", comments.sub("", found["tiled"])) if k]
-    assert len(kernels) == 8 and all(k.strip() in emitted for k in kernels)
+    assert len(kernels) == 6 and all(k.strip() in emitted for k in kernels)
 
 
 NAMES = """op names(dk: int, dv: int) {

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from chunkc.backends.attend import Form, Tile
 from chunkc.backends.body import Body
-from chunkc.backends.scan import Operand, ScanForm, scan_form
+from chunkc.backends.scan import LIMIT, Operand, ScanForm, scan_form
 from chunkc.backends.token import token_form
 from chunkc.backends.triton.attend import Kernels, attention_kernels
 from chunkc.backends.triton.gates import GateKernel, GatePlan
@@ -16,8 +16,8 @@ from chunkc.backends.triton.launch import emit_attention
 from chunkc.backends.triton.own import SideKernel
 from chunkc.backends.triton.pairs import NoKernel
 from chunkc.backends.triton.schedule import pass_kernel
-from chunkc.backends.triton.side import Anchor, SidePlan
-from chunkc.backends.triton.tables import default_schedule
+from chunkc.backends.triton.side import SidePlan
+from chunkc.backends.triton.tables import FEW, NARROW, SAFE, default_schedule
 from chunkc.backends.triton.token import call_kernel, emit_call, emit_step, step_kernel
 from chunkc.backends.triton.verify import verify_kernel
 from chunkc.backends.triton.walks import emit_vector
@@ -37,28 +37,13 @@ def launches(form: ScanForm) -> tuple[list[T.Kernel], list[T.Kernel], list[T.Ker
     return forward, backward, step
 
 
-def mild_anchor(form: ScanForm) -> tuple[Anchor | None, bool]:
-    """The anchor of tiles that decay little, and whether all tiles are proven to be such (in bfloat16).
-
-    None if no pair needs an anchor, or if the spec demands that tokens change nothing of what comes before them: which
-    anchor a tile takes depends on all of it."""
-    most = form.strongest()
-    if not form.wide():
-        return None, False
-    if most * TILE <= LIMIT:
-        return "start", True
-    if most * (TILE // 4) <= LIMIT:
-        return "blocks", True
-    return (None if form.fixed else "start"), False
-
-
 def kernels_of(form: ScanForm, lines: Lines, spans: dict[str, str]) -> dict[str, Kernel]:
     """The kernels of a scan by role: states, read_i, read_j, ends, grad_i, grad_j, edges and gate of a side, token.
 
     Kernels over a side of a tile that anchor its pairs are there twice, for tiles that decay little with the anchor
     behind the role's name."""
     forward, backward, _ = launches(form)
-    anchor, proven = mild_anchor(form)
+    anchor, proven = form.mild()
     choose = anchor is not None and not proven
     out = {}
     for launch in (*forward, *backward):
@@ -182,7 +167,7 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
         _places(w)
         if any(_totals(form) for form, _ in made):
             _is_mild(w)
-        _schedules([k for _, kernels in made for role, k in kernels.items() if role != "token"], w)
+        _schedules(made, w)
     for form, kernels in made:
         _scan(form, kernels, lines, w)
     for unit in units:
@@ -243,11 +228,11 @@ def _settings(w: Writer) -> None:
         w('"""For products: operand type, precision, the parts of bfloat16 that sums are taken in (0: whole), and the')
         w('nats that a block of tokens may decay by if it is anchored at its start."""')
         with w.indented("if given == torch.float32 or _runtime.interpreted():"):
-            w('return {"DOT": tl.float32, "PRECISION": "ieee", "PARTS": 0, "LIMIT": 80.0}')
+            w(f'return {{"DOT": tl.float32, "PRECISION": "ieee", "PARTS": 0, "LIMIT": {LIMIT}}}')
         with w.indented("if given == torch.float16:  # the range of float16 is too small for states and scores"):
             w('precision = "ieee" if torch.version.hip else "tf32"')
-            w('return {"DOT": tl.float32, "PRECISION": precision, "PARTS": 2, "LIMIT": 80.0}')
-        w('return {"DOT": tl.bfloat16, "PRECISION": "ieee", "PARTS": 2, "LIMIT": 80.0}')
+            w(f'return {{"DOT": tl.float32, "PRECISION": precision, "PARTS": 2, "LIMIT": {LIMIT}}}')
+        w(f'return {{"DOT": tl.bfloat16, "PRECISION": "ieee", "PARTS": 2, "LIMIT": {LIMIT}}}')
     w()
     w()
     w("@triton.jit")
@@ -264,8 +249,6 @@ def _settings(w: Writer) -> None:
         w("return total")
 
 
-LIMIT = 80.0  # nats that a block may decay by if it is anchored at its start: exp of it is far inside float32
-TILE = 64
 PLACES = {
     "tile_start": ("table_ptr, tile, tokens, each, C: tl.constexpr", "table_ptr",
                    "tile // each * tokens + tile % each * C", "tile", "The first token of a tile."),
@@ -307,20 +290,29 @@ def _is_mild(w: Writer) -> None:
         w("return found")
 
 
-def _schedules(kernels: list[Kernel], w: Writer) -> None:
+def _schedules(made: list[tuple[ScanForm, dict[str, Kernel]]], w: Writer) -> None:
     """A table of the kernels' schedules, and how one becomes the options of a launch."""
+    tiled = [(form, role, k) for form, kernels in made for role, k in kernels.items() if role != "token"]
     w()
     w()
-    w("# Columns of the sides i and j that a program takes, warps, stages: with products in bfloat16, and in float32.")
-    with w.indented("SCHEDULES: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {"):
-        for kernel in kernels:
-            w(f'"{kernel.name}": ({default_schedule(kernel, False)}, {default_schedule(kernel, True)}),')
+    w("# Columns of the sides i and j that a program takes, warps, stages; SAFE in float32, and on AMD GPUs.")
+    w(f"SAFE = {SAFE}")
+    w(f"FEW = {FEW}  # programs that leave a GPU idle: a walk over tiles is then shared by more, with narrower blocks")
+    with w.indented("SCHEDULES: dict[str, tuple[int, int, int, int]] = {"):
+        for form, role, kernel in tiled:
+            w(f'"{kernel.name}": {default_schedule(form, role)},')
     w("}")
     w()
     w()
-    with w.indented("def schedule(kernel: str, I: int, J: int, types: dict[str, Any]) -> dict[str, int]:"):
-        w('"""Blocks, warps and stages of a kernel; a block is no wider than its side needs."""')
-        w('i, j, warps, stages = SCHEDULES[kernel][types["DOT"] == tl.float32]')
+    taken = "kernel: str, I: int, J: int, types: dict[str, Any], walks: int = 0"
+    with w.indented(f"def schedule({taken}) -> dict[str, int]:"):
+        w('"""Blocks, warps and stages of a kernel; a block is no wider than its side needs.')
+        w()
+        w('`walks`: how many walks over tiles there are, for a kernel whose programs each take a part of one."""')
+        w('exact = types["DOT"] == tl.float32 or torch.version.hip is not None')
+        w("i, j, warps, stages = SAFE if exact else SCHEDULES[kernel]")
+        w("if walks and not exact and walks * triton.cdiv(I, i) * triton.cdiv(J, j) < FEW:")
+        w(f"    i, j, warps, stages = {NARROW}")
         w("i, j = (min(b, max(BLOCK, triton.next_power_of_2(n))) for b, n in ((i, I), (j, J)))")
         w('return {"BI": i, "BJ": j, "num_warps": warps, "num_stages": stages}')
     w()
@@ -408,7 +400,7 @@ def _prepare(form: ScanForm, w: Writer) -> None:
 
 def _totals(form: ScanForm) -> dict[str, str]:
     """What tells mild tiles from others: the gates' sums over a tile, by name, with their sides."""
-    anchor, proven = mild_anchor(form)
+    anchor, proven = form.mild()
     return {} if anchor is None or proven else {f"totals_{g.side}": g.side for g in form.wide()}
 
 
@@ -426,7 +418,7 @@ def _launch(form: ScanForm, kernels: dict[str, Kernel], launch: T.Kernel, w: Wri
     """A launch: programs over rows (tiles or sequences), blocks of a side or both, heads. Where tiles may be mild, or
     are proven to be, a second kernel has those in bfloat16; the first one then has the rest."""
     kernel = kernels[launch.role]
-    anchor, proven = mild_anchor(form)
+    anchor, proven = form.mild()
     mild = kernels.get(f"{launch.role}_{anchor}")
     rows = "seq.count" if launch.rows == "sequences" else "tiles"
     if mild is None:
@@ -460,7 +452,8 @@ def _call(kernel: Kernel, launch: T.Kernel, w: Writer, rename: dict[str, str]) -
         "GATE_PARTS": "parts",
     }
     given |= {c: f'types["{c}"]' for c in ("DOT", "PRECISION", "PARTS", "LIMIT")}
-    w(f'chosen = schedule("{kernel.name}", I, J, types)')
+    walks = ", seq.count * H" if launch.rows == "sequences" else ""
+    w(f'chosen = schedule("{kernel.name}", I, J, types{walks})')
     w(f"{kernel.name}[({rows} * H * {count},)](")
     w(f"    {', '.join(arguments)},")
     w(f"    {', '.join(f'{c}={given[c]}' for c in kernel.constants if c in given)}, **chosen,")

@@ -143,16 +143,17 @@ class SideKernel(SideBase):
 
         The two terms of a pair have the same rounded factors, so that they cancel to float32's accuracy."""
         b, t, gate = self.b, self.t, self.gate_operand()
-        flow = before = inward = Expr("0.0")
+        for name in parts:
+            parts[name] = b.let(f"near_{name}", parts[name])
+        entering: list[Expr] = []
         for m in self.reads:
-            name, own = self.read_name(m), real(self.readers[m].on(self.x))
-            parts[name] = b.let(f"near_{name}", parts[name])
-            flow = flow + own * (Expr(name) + parts[name])
-        for r in self.writes:
-            name, own = self.write_name(r), real(self.writers[r].on(self.x))
-            parts[name] = b.let(f"near_{name}", parts[name])
-            before, inward = before + own * name, inward + own * parts[name]
-        flow, before, inward = (call("tl.sum", x, 1, keep_dims="True") for x in (flow - inward, before, inward))
+            name = self.read_name(m)
+            entering.append(real(self.readers[m].on(self.x)) * (Expr(name) + parts[name]))
+        names = [(real(self.writers[r].on(self.x)), self.write_name(r)) for r in self.writes]
+        b.let("leaving", _total([own * parts[name] for own, name in names]))
+        b.let("before", _total([own * name for own, name in names]))
+        b.let("flowing", _total(entering) - "leaving")
+        flow, before, inward = (call("tl.sum", x, 1, keep_dims="True") for x in ("flowing", "before", "leaving"))
         b.let("flow", flow)
         passed = b.let("passed", where(t.mask("earlier"), Expr("flow"), 0.0) + where(t.mask("later"), before, 0.0),
                        "by each token's own flow, a row, for each gate, a column")  # fmt: skip
@@ -163,8 +164,9 @@ class SideKernel(SideBase):
     # -- a gate for each number ----------------------------------------------------------------------------------------
 
     def gated(self) -> None:
-        """Products with decayed factors, decayed: one gradient after the other, each with its pairs and what a state gives,
-        so that few sums are on chip at once. Own operands are loaded anew for each, from cache: kept, they would spill.
+        """Products with decayed factors, decayed: one gradient after the other, each with its pairs and what a state
+        gives, so that few sums are on chip at once. Own operands are loaded anew for each, from cache: kept, they would
+        spill.
 
         A log-gate's gradient is what passes it: pairs enter at the read and leave at the write, so that a sum from the
         end has those that straddle a gate; what comes from the tile's start is read behind it; what goes to its end was
@@ -276,3 +278,11 @@ class SideKernel(SideBase):
                     b.add(Expr("flow"), where(upper, flow, -flow))
                     if not self.t.late:
                         b.add(Expr("flow_in"), where(upper, 0.0, flow))
+
+
+def _total(terms: list[Expr]) -> Expr:
+    """The sum of some values."""
+    out = terms[0]
+    for t in terms[1:]:
+        out = out + t
+    return out

@@ -1,4 +1,4 @@
-"""The walk over the tiles of a sequence: a program has a block of the state on chip, and keeps it at each tile's edge."""
+"""The walk over the tiles of a sequence: a program has a block of the state on chip, and stores it at tiles' edges."""
 
 from __future__ import annotations
 

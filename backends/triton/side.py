@@ -14,13 +14,11 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
 
-from chunkc.backends.scan import Operand, Pair, ScanForm, Side, other
+from chunkc.backends.scan import Anchor, Operand, Pair, ScanForm, Side, other
 from chunkc.backends.triton.kernel import Expr, call, dot, exp, masked_sum, trans, where
-from chunkc.backends.triton.tile import SIZE, Tile, block, notes_of, real, scaled
+from chunkc.backends.triton.tile import Tile, block, notes_of, real, scaled
 
-Anchor = Literal["start", "blocks", "levels"]
 ZEROS = "tl.zeros"
 BLOCK = Expr("LEVELS") - 2  # the logarithm of a block's size
 
@@ -108,8 +106,8 @@ class SideBase:
         return self.t.late and (self.both or self.own is not None)
 
     def score_names(self, m: int, r: int) -> list[str]:
-        """Scores of each read's row with all writes, and of each write's row with all reads; both are summed apart, where
-        both are wanted, and then become one matrix."""
+        """Scores of each read's row with all writes, and of each write's row with all reads; both are summed apart,
+        where both are wanted, and then become one matrix."""
         score = f"score_{m}{r}"
         return [score, f"back_{m}{r}"] if self.both else [score]
 

@@ -1,12 +1,26 @@
-"""The schedules that kernels have unless they are tuned: blocks of the sides, warps, stages."""
+"""The schedules that kernels have unless they are tuned: blocks of the sides, warps, stages.
+
+They were measured on an H100 at I = J = 128 in bfloat16 (`docs/performance.md`). Blocks are at least 64 wide: Triton
+3.6 miscompiles some products that are 32 wide for Hopper."""
 
 from __future__ import annotations
 
-from chunkc.backends.triton.kernel import Kernel
+from chunkc.backends.scan import ScanForm
 
 Schedule = tuple[int, int, int, int]  # columns of the sides i and j, warps, stages
+SAFE: Schedule = (64, 64, 8, 1)  # with products in float32, whose tiles take twice the room; on AMD's smaller memory
+NARROW: Schedule = (64, 64, 4, 3)  # of a walk over tiles
+FEW = 128
 
 
-def default_schedule(kernel: Kernel, exact: bool) -> Schedule:
-    """A kernel's schedule on Hopper; `exact`: with products in float32, whose tiles take twice the room."""
-    return (64, 64, 8, 1) if exact else (64, 64, 4, 1)
+def default_schedule(form: ScanForm, role: str) -> Schedule:
+    """A kernel's schedule on Hopper, with products in bfloat16."""
+    if role in ("states", "ends"):
+        return 64, 128, 4, 2
+    if role.startswith(("edges", "gate")):
+        return SAFE
+    side = role.split("_")[1]
+    stages = 3 if any(g.thin for g in form.gates) else 2
+    if role.startswith("grad") and any(g.side == side for g in form.gates):  # it has the gate's gradient to hold, too
+        return (64, 64, 4, stages if form.gates[0].thin else 1)
+    return (128, 64, 4, stages) if side == "i" else (64, 128, 4, stages)
