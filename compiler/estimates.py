@@ -41,8 +41,8 @@ USED = {
 }
 
 BY_TILE = (
-    f"in bfloat16 a tile of {TILE} tokens that decays by less than {LIMIT:g} nats is anchored at its start, which later "
-    "tokens of the tile may change: prefix_invariant = true forbids it"
+    f"in bfloat16 a tile of {TILE} tokens that decays by less than {LIMIT:g} nats is anchored at its start, which "
+    "later tokens of the tile may change: prefix_invariant = true forbids it"
 )
 
 
@@ -87,7 +87,7 @@ def invariance(source: SourceFile, unit: Unit, node: N.Scan | N.Recur) -> dict[s
         "in_kernels": used in ("passes", "walk"),
         "by_tile": used == "passes" and isinstance(node, N.Scan) and _chosen_by_tile(unit, node),
         "in_pytorch": "always" if used == "walk" else "where products do not depend on how many stand beside them",
-        "changes_at": [],  # the sizes at which another schedule is taken: one serves all
+        "changes_at": [1] if used == "passes" else [],  # the lengths at which another schedule is taken
     }
 
 
@@ -102,7 +102,10 @@ def render_schedule(r: Mapping[str, Any]) -> list[str]:
     kept = r["prefix_invariant"]
     kernels = "in kernels" + (f" with products in float32 ({BY_TILE})" if kept["by_tile"] else "")
     where = [*([kernels] if kept["in_kernels"] else []), f"in PyTorch {kept['in_pytorch']}"]
-    holds = f"yes, {'; '.join(where)}; the schedule changes at: none" if kept["holds"] else f"no, {kept['because']}"
+    changes = "one token, which is a step" if kept["changes_at"] else "none"
+    holds = (
+        f"yes, {'; '.join(where)}; the schedule changes at: {changes}" if kept["holds"] else f"no, {kept['because']}"
+    )
     demanded = f"; demanded  ({kept['line']})" if kept["demanded"] else ""
     return [f"    schedule    {USED[r['schedule']['used']]}", f"    prefix-invariant: {holds}{demanded}"]
 

@@ -21,7 +21,7 @@ TARGETS = {
 }
 
 
-PLACES = ("tile_start", "tile_stop", "sequence_start", "sequence_tile", "is_mild")
+PLACES = ("tile_start", "tile_stop", "sequence_start", "sequence_tile", "is_mild", "rounded")
 TABLES = ("tile_start_ptr", "tile_stop_ptr", "offsets_ptr", "first_tile_ptr")  # a dense batch has none
 
 

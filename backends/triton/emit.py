@@ -165,6 +165,8 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     made = [(form, kernels_of(form, lines, spans_of(unit, lines))) for unit, form in forms]
     if made:
         _places(w)
+        if any(form.wide() for form, _ in made):
+            _rounded(w)
         if any(_totals(form) for form, _ in made):
             _is_mild(w)
         _schedules(made, w)
@@ -274,6 +276,20 @@ def _places(w: Writer) -> None:
             with w.indented("else:"):
                 w(f"found = tl.load({table} + {index})")
             w("return found")
+
+
+def _rounded(w: Writer) -> None:
+    w()
+    w()
+    w("@triton.jit")
+    with w.indented("def rounded(x, DOT: tl.constexpr, PRECISION: tl.constexpr):"):
+        w('"""A factor of a product in the digits that the product takes of it."""')
+        with w.indented('if PRECISION == "tf32":  # 10 of float32\'s 23, to the nearest'):
+            w("bits = x.to(tl.int32, bitcast=True)")
+            w("found = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)")
+        with w.indented("else:"):
+            w("found = x.to(DOT)")
+        w("return found")
 
 
 def _is_mild(w: Writer) -> None:

@@ -175,6 +175,11 @@ def dot(a: Expr, b: Expr) -> Expr:
     return call("tl.dot", a.to("DOT"), b.to("DOT"), input_precision="PRECISION")
 
 
+def rounded(x: Expr) -> Expr:
+    """A factor of a product in the digits that the product takes of it."""
+    return call("rounded", x, "DOT", "PRECISION")
+
+
 def masked_sum(mask: Expr, x: Expr, parts: Value) -> Expr:
     """For each row, the sum of the rows of x that its mask names: a product with zeros and ones, in so many parts."""
     return call("masked_sum", mask, x, parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chunkc.backends.scan import Operand
-from chunkc.backends.triton.kernel import Expr, Kernel, call, dot, exp, masked_sum, trans, where
+from chunkc.backends.triton.kernel import Expr, Kernel, call, dot, exp, masked_sum, rounded, trans, where
 from chunkc.backends.triton.side import ZEROS, SideBase
 from chunkc.backends.triton.tile import SIZE, block, real
 
@@ -245,16 +245,16 @@ class SideKernel(SideBase):
         for m, r in self.pairs:
             read, write = self.operands(m, r, self.x)
             if m in reads:
-                part = b.let("crossing", dot(self.half_of(m, r, low, same), real(write) * inverse))
+                part = b.let("crossing", dot(self.half_of(m, r, low, same), rounded(real(write) * inverse)))
                 own = b.let("decay", decay)
                 if self.plan.gate:
-                    b.add(Expr("flow"), real((real(read) * own).to("DOT")) * part)
+                    b.add(Expr("flow"), real(rounded(real(read) * own)) * part)
                 b.add(Expr(f"near_{self.read_name(m)}"), part * own)
             if r in writes:
-                part = b.let("crossing", dot(self.half_of(m, r, high, same), real(read) * decay))
+                part = b.let("crossing", dot(self.half_of(m, r, high, same), rounded(real(read) * decay)))
                 own = b.let("inverse", inverse)
                 if self.plan.gate:
-                    self.flow_back(b.let("flowing", real((real(write) * own).to("DOT")) * part))
+                    self.flow_back(b.let("flowing", real(rounded(real(write) * own)) * part))
                 b.add(Expr(f"near_{self.write_name(r)}"), part * own)
 
     def by_levels(self, gate: Expr) -> None:
@@ -267,7 +267,7 @@ class SideKernel(SideBase):
                 read, write = self.operands(m, r, self.x)
                 reader = real(read) if self.writes else Expr("0.0")
                 writer = real(write) if self.reads else Expr("0.0")
-                rows = b.let("rows", (where(upper, reader, writer) * factor).to("DOT"))
+                rows = b.let("rows", rounded(where(upper, reader, writer) * factor))
                 part = b.let("crossing", dot(self.used(m, r, pair), rows))
                 if m in self.reads:
                     b.add(Expr(f"near_{self.read_name(m)}"), where(upper, part * factor, 0.0))

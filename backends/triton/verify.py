@@ -191,7 +191,7 @@ class _Walk:
         keywords = dict(e.keywords)
         if e.op in ("tl.program_id", "tl.cdiv", *PLACES):
             return Known()
-        if e.op in (".to", "tl.max_contiguous"):
+        if e.op in (".to", "tl.max_contiguous", "rounded"):
             return args[0]
         if e.op == "tl.arange":
             return Known((e.args[1].op,))
