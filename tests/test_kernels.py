@@ -202,7 +202,7 @@ class Launches:
             "BI": block,
             "BJ": block,
             "LIMIT": 60.0,
-            "PARTS": 2,
+            "PARTS": 0 if block == 4 else 2,  # gates' gradients in float32, and in bfloat16
             "GATE_PARTS": 2,
         }
         rows = self.table["tile_start_ptr"].numel() if launch.rows == "tiles" else len(self.batch.lengths)

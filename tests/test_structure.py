@@ -206,7 +206,7 @@ def sum_kind(e: Expr, scan: Scan, values: dict[str, Expr]) -> str:
     past a gate, or a token's read of its own write, which is no contraction of two tiles."""
     (arg,) = e.args[:1]
     gates = {g.name: g for g in scan.form.gates}
-    if arg.op in ("flowing", "leaving", "before"):
+    if arg.op in ("flowing", "before", "crossing"):
         return "flow"
     if e.args[1].text() == "1" and is_own(arg, scan):
         return "own"

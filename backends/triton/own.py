@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from chunkc.backends.scan import Operand
 from chunkc.backends.triton.kernel import Expr, Kernel, call, dot, exp, masked_sum, rounded, trans, where
 from chunkc.backends.triton.side import ZEROS, SideBase
 from chunkc.backends.triton.tile import SIZE, block, real
+
+WHOLE = Expr("PARTS").same(0)  # sums are in float32
 
 
 class SideKernel(SideBase):
@@ -139,27 +144,29 @@ class SideKernel(SideBase):
             self.store(name)
 
     def thin_flows(self, parts: dict[str, Expr]) -> None:
-        """The gradient of a log-gate of one number a head: what passes it (see `gated`).
-
-        The two terms of a pair have the same rounded factors, so that they cancel to float32's accuracy."""
+        """The gradient of a log-gate of one number a head: what passes it. Reads of the tile's first state behind it,
+        writes before it that reach the last one, the first state's own way to the last, and pairs that straddle it:
+        these are a matrix here, and nothing is subtracted."""
         b, t, gate = self.b, self.t, self.gate_operand()
-        for name in parts:
-            parts[name] = b.let(f"near_{name}", parts[name])
-        entering: list[Expr] = []
-        for m in self.reads:
-            name = self.read_name(m)
-            entering.append(real(self.readers[m].on(self.x)) * (Expr(name) + parts[name]))
-        names = [(real(self.writers[r].on(self.x)), self.write_name(r)) for r in self.writes]
-        b.let("leaving", _total([own * parts[name] for own, name in names]))
-        b.let("before", _total([own * name for own, name in names]))
-        b.let("flowing", _total(entering) - "leaving")
-        flow, before, inward = (call("tl.sum", x, 1, keep_dims="True") for x in ("flowing", "before", "leaving"))
+        behind = t.mask("onward" if t.late else "later")
+        straddling: list[Expr] = []
+        for m, r in self.pairs:
+            read, write = self.operands(m, r, self.x)
+            pairs = self.used(m, r, t.mask("earlier")) * dot(read, trans(write))
+            straddling.append(masked_sum(t.mask("earlier"), trans(b.let(f"pairs_{m}{r}", pairs)), "PARTS"))
+        b.let(
+            "crossing", where(behind, _total(straddling), 0.0), "of each gate, a row, and each read behind it, a column"
+        )
+        b.let("flowing", _total([real(self.readers[m].on(self.x)) * self.read_name(m) for m in self.reads]))
+        b.let("before", _total([real(self.writers[r].on(self.x)) * self.write_name(r) for r in self.writes]))
+        flow, before = (call("tl.sum", x, 1, keep_dims="True") for x in ("flowing", "before"))
         b.let("flow", flow)
-        passed = b.let("passed", where(t.mask("earlier"), Expr("flow"), 0.0) + where(t.mask("later"), before, 0.0),
-                       "by each token's own flow, a row, for each gate, a column")  # fmt: skip
+        passed = where(t.mask("earlier"), Expr("flow"), 0.0) + where(t.mask("later"), before, 0.0)
+        b.let("passed", passed, "by each token's own flow, a row, for each gate, a column")
         whole = call("tl.sum", Expr("edges"), 0) * call("tl.sum", t.total(Expr(gate.name), True), 0)
-        b.let(f"d_{gate.name}", call("tl.sum", passed, 0, keep_dims="True") + whole
-              + trans(Expr("flow") if t.late else -inward))  # fmt: skip
+        own = call("tl.sum", "crossing", 1, keep_dims="True")
+        total = call("tl.sum", "passed", 0, keep_dims="True") + whole + trans(own + "flow" if t.late else own)
+        b.let(f"d_{gate.name}", total)
 
     # -- a gate for each number ----------------------------------------------------------------------------------------
 
@@ -168,10 +175,12 @@ class SideKernel(SideBase):
         gives, so that few sums are on chip at once. Own operands are loaded anew for each, from cache: kept, they would
         spill.
 
-        A log-gate's gradient is what passes it: pairs enter at the read and leave at the write, so that a sum from the
-        end has those that straddle a gate; what comes from the tile's start is read behind it; what goes to its end was
-        written before, which is all of it less what is written later; the start's own way to the end passes all gates.
-        The two terms of a pair have the same rounded factors, so that they cancel to float32's accuracy."""
+        A log-gate's gradient is what passes it: pairs enter at the read and leave at the write, so that a sum from
+        the end has those that straddle a gate; what comes from the tile's start is read behind it; what goes to its end
+        was written before, which is all of it less what is written later; the start's own way to the end passes all
+        gates. The two terms of a pair have the same rounded factors, so that they cancel to what a sum's parts hold. In
+        float32 that is not enough, and nothing is subtracted: with levels, each pair's share goes to the gates between
+        its tokens ([ADR 3] in `docs/adr`)."""
         b, t = self.b, self.t
         assert self.own is not None
         with self.blocks() as part:
@@ -181,6 +190,8 @@ class SideKernel(SideBase):
             for name in ("flow", *(() if t.late else ("flow_in",))):
                 self.zeros(name)
             b.let("passed", call(ZEROS, f"({block(self.x)},)", "tl.float32"))
+            if self.plan.anchor == "levels":
+                self.zeros(f"d_{self.own.name}")
         if self.plan.anchor != "start":
             gate = self.load_own()
             for name in [*(self.read_name(m) for m in self.reads), *(self.write_name(r) for r in self.writes)]:
@@ -192,7 +203,14 @@ class SideKernel(SideBase):
             self.gradient(self.read_name(m), reads=(m,))
         if self.plan.gate:
             total = masked_sum(t.mask("later"), Expr("flow"), "PARTS") + Expr("passed").cols
-            b.let(f"d_{self.own.name}", total + "flow" if t.late else total - "flow_in")
+            total = total + "flow" if t.late else total - "flow_in"
+            if self.plan.anchor == "levels":
+                with b.when(WHOLE):
+                    b.add(Expr(f"d_{self.own.name}"), Expr("passed").cols)
+                with b.otherwise():
+                    b.let(f"d_{self.own.name}", total)
+            else:
+                b.let(f"d_{self.own.name}", total)
             self.store(f"d_{self.own.name}")
 
     def gradient(self, name: str, reads: tuple[int, ...] = (), writes: tuple[int, ...] = ()) -> None:
@@ -215,13 +233,14 @@ class SideKernel(SideBase):
         if name in self.outputs():  # before the gate's gradient, so that pairs are on chip no longer
             self.store(name, Expr(name) + f"near_{name}")
         if self.plan.gate:
-            flow = real(pair.on(self.x)) * name
-            if reads:
-                b.add(Expr("flow"), flow)
-            else:
-                b.let("flowing", flow)
-                self.flow_back(Expr("flowing"))
-                b.add(Expr("passed"), call("tl.sum", "flowing", 0))
+            flow = b.let("flowing", real(pair.on(self.x)) * name)
+            behind = "onward" if t.late else "later"
+            with self.cancelling(t.mask(behind if reads else "earlier"), flow):
+                if reads:
+                    b.add(Expr("flow"), flow)
+                else:
+                    self.flow_back(flow)
+                    b.add(Expr("passed"), call("tl.sum", flow, 0))
         if with_edges:
             b.add(Expr("passed"), Expr("edges") * t.total(gate, False))
 
@@ -230,6 +249,18 @@ class SideKernel(SideBase):
         if same is not None or not self.both:
             return self.used(m, r, mask)
         return Expr(self.score_names(m, r)[mask.op == "later"])
+
+    @contextmanager
+    def cancelling(self, passes: Expr, flow: Expr) -> Iterator[None]:
+        """What is done of a flow where it may be subtracted; else it goes to the gates whose rows a mask names."""
+        if self.plan.anchor != "levels":
+            yield
+            return
+        assert self.own is not None
+        with self.b.when(WHOLE):
+            self.b.add(Expr(f"d_{self.own.name}"), masked_sum(passes, flow, "PARTS"))
+        with self.b.otherwise():
+            yield
 
     def flow_back(self, value: Expr) -> None:
         """What leaves at a write."""
@@ -275,9 +306,12 @@ class SideKernel(SideBase):
                     b.add(Expr(f"near_{self.write_name(r)}"), where(upper, 0.0, part * factor))
                 if self.plan.gate:
                     flow = b.let("flowing", real(rows) * part)
-                    b.add(Expr("flow"), where(upper, flow, -flow))
-                    if not self.t.late:
-                        b.add(Expr("flow_in"), where(upper, 0.0, flow))
+                    behind = self.t.mask("onward" if self.t.late else "later")
+                    same = Expr("half").rows.same(Expr("half").cols)
+                    with self.cancelling(same & where(upper, behind, self.t.mask("earlier")), flow):
+                        b.add(Expr("flow"), where(upper, flow, -flow))
+                        if not self.t.late:
+                            b.add(Expr("flow_in"), where(upper, 0.0, flow))
 
 
 def _total(terms: list[Expr]) -> Expr:
