@@ -412,11 +412,19 @@ def test_equal_kernels_are_compiled_once() -> None:
     assert len(ALL_SHIPPED) < sum(len(s.kernels) for n in SHIPPED for s in scans(n))
 
 
+# Bytes a thread that a kernel may keep in memory for want of registers. On a GPU these schedules were faster than those
+# that keep none (docs/performance.md); no kernel may come to more.
+SPILLS = {"read_j": 224, "read_j_start": 80, "grad_j": 208, "grad_j_start": 208, "grad_i": 640, "grad_i_start": 480}
+SPILLS_THIN = {"grad_i": 64}  # with one number a head, or no gate
+
+
 @pytest.mark.parametrize("name, source", ALL_SHIPPED, ids=[f"{n}-{s.name}" for n, s in ALL_SHIPPED])
-def test_nothing_spills_on_hopper(name: str, source: Source, folder: Path) -> None:
-    """bfloat16 at I = J = 128, with the kernel's own warps."""
+def test_what_spills_on_hopper(name: str, source: Source, folder: Path) -> None:
+    """bfloat16 at I = J = 128, with the kernel's own schedule."""
     used = usage(compiled(name, source, "sm_90", folder))
-    assert used["stack"] == 0, used
+    wide = any(s.form.wide() for s in scans(name))
+    most = (SPILLS if wide else SPILLS_THIN).get(source.name.partition("_")[2], 0)
+    assert used["stack"] <= most, used
     assert used["shared"] <= 227 * 1024, used
 
 

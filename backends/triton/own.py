@@ -135,38 +135,44 @@ class SideKernel(SideBase):
             for name, decay in decays.items():
                 b.let(name, Expr(name) * decay)
         if self.plan.gate:
-            self.thin_flows(parts)
+            self.edge_flows()
         for name, part_of in parts.items():
             b.add(Expr(name), part_of)
         for name in decays:
             self.own_pairs(name, "")
-        for name in self.outputs():
+        for name in self.outputs()[: len(self.plan.reads) + len(self.plan.writes)]:
             self.store(name)
+        if self.plan.gate:
+            self.thin_gate()
 
-    def thin_flows(self, parts: dict[str, Expr]) -> None:
+    def edge_flows(self) -> None:
+        """What passes each gate of one number a head on its way from the tile's start and to its end."""
+        b = self.b
+        b.let("flowing", _total([real(self.readers[m].on(self.x)) * self.read_name(m) for m in self.reads]))
+        b.let("before", _total([real(self.writers[r].on(self.x)) * self.write_name(r) for r in self.writes]))
+        for name, value in (("flow", "flowing"), ("written", "before")):
+            b.let(name, call("tl.sum", value, 1, keep_dims="True"))
+
+    def thin_gate(self) -> None:
         """The gradient of a log-gate of one number a head: what passes it. Reads of the tile's first state behind it,
         writes before it that reach the last one, the first state's own way to the last, and pairs that straddle it:
         these are a matrix here, and nothing is subtracted."""
         b, t, gate = self.b, self.t, self.gate_operand()
         behind = t.mask("onward" if t.late else "later")
+        self.load_own()  # anew, so that it is not kept until here
         straddling: list[Expr] = []
         for m, r in self.pairs:
             read, write = self.operands(m, r, self.x)
-            pairs = self.used(m, r, t.mask("earlier")) * dot(read, trans(write))
-            straddling.append(masked_sum(t.mask("earlier"), trans(b.let(f"pairs_{m}{r}", pairs)), "PARTS"))
-        b.let(
-            "crossing", where(behind, _total(straddling), 0.0), "of each gate, a row, and each read behind it, a column"
-        )
-        b.let("flowing", _total([real(self.readers[m].on(self.x)) * self.read_name(m) for m in self.reads]))
-        b.let("before", _total([real(self.writers[r].on(self.x)) * self.write_name(r) for r in self.writes]))
-        flow, before = (call("tl.sum", x, 1, keep_dims="True") for x in ("flowing", "before"))
-        b.let("flow", flow)
-        passed = where(t.mask("earlier"), Expr("flow"), 0.0) + where(t.mask("later"), before, 0.0)
+            pairs = b.let(f"pairs_{m}{r}", self.used(m, r, t.mask("earlier")) * dot(read, trans(write)))
+            straddling.append(masked_sum(t.mask("earlier"), trans(pairs), "PARTS"))
+        b.let("crossing", where(behind, _total(straddling), 0.0), "of a gate, a row, and a read behind it, a column")
+        passed = where(t.mask("earlier"), Expr("flow"), 0.0) + where(t.mask("later"), Expr("written"), 0.0)
         b.let("passed", passed, "by each token's own flow, a row, for each gate, a column")
         whole = call("tl.sum", Expr("edges"), 0) * call("tl.sum", t.total(Expr(gate.name), True), 0)
         own = call("tl.sum", "crossing", 1, keep_dims="True")
         total = call("tl.sum", "passed", 0, keep_dims="True") + whole + trans(own + "flow" if t.late else own)
         b.let(f"d_{gate.name}", total)
+        self.store(f"d_{gate.name}")
 
     # -- a gate for each number ----------------------------------------------------------------------------------------
 
