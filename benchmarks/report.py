@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from limits import least
@@ -121,6 +122,19 @@ def text(report: Mapping[str, Any]) -> str:
     return "\n".join([*_head(report), "", *body, "", *notes(report)])
 
 
+MARKS = ("<!-- table -->", "<!-- end of table -->")
+
+
+def put_markdown(report: Mapping[str, Any], path: Path) -> None:
+    """Write the table, into the place that a page has for it between two marks, else as a page of its own."""
+    text = path.read_text(encoding="utf-8") if path.exists() else "".join(MARKS)
+    before, mark, rest = text.partition(MARKS[0])
+    if not mark or MARKS[1] not in rest:
+        raise ValueError(f"{path} has no place for the table: no line {MARKS[0]} with {MARKS[1]} behind it")
+    behind = rest.partition(MARKS[1])[2]
+    path.write_text(f"{before}{MARKS[0]}\n\n{markdown(report)}\n{MARKS[1]}{behind}", encoding="utf-8")
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The same for docs/performance.md."""
     header, *body = lines(report)
@@ -128,7 +142,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     table = ["| " + " | ".join(line) + " |" for line in (header, rule, *body)]
     said = [f"- {n}" for n in notes(report)]
     origin = "Written by `python benchmarks/suite.py --markdown`; `benchmarks/README.md` says what the columns are."
-    return "\n".join(["# Measured speed", "", origin, "", *_head(report), "", *table, "", *said, ""])
+    return "\n".join([origin, "", *_head(report), "", *table, "", *said, ""])
 
 
 def _head(report: Mapping[str, Any]) -> list[str]:

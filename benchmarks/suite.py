@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = Suite(chosen, asked.out, Path(scratch), device, dtype, asked.check, asked.seconds).run()
     print(reports.text(found))
     if asked.markdown:
-        asked.markdown.write_text(reports.markdown(found))
+        reports.put_markdown(found, asked.markdown)
     return 1 if any("reason" in row["ours"] for row in found["rows"]) else 0
 
 

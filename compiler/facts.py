@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from chunkc.backends.operations import operations as layout_operations
+from chunkc.backends.scan import LIMIT, scan_form
 from chunkc.backends.states import caches, whole_reason
 from chunkc.backends.triton.emit import attention_of
 from chunkc.backends.triton.pairs import NoKernel
@@ -97,7 +98,7 @@ def _recurrences(source: SourceFile, unit: Unit) -> Iterable[dict[str, Any]]:
     graph = unit.graph
     ranges = Ranges(graph.by_id)
     for node in graph.of_kind(N.Scan, N.Recur):
-        own = _scan(source, graph, node, ranges) if isinstance(node, N.Scan) else _steps(source, graph, node)
+        own = _scan(source, unit, node, ranges) if isinstance(node, N.Scan) else _steps(source, graph, node)
         yield {**own, "schedule": schedule(node), "prefix_invariant": invariance(source, unit, node)}
 
 
@@ -113,7 +114,8 @@ def _steps(source: SourceFile, graph: Graph, node: N.Recur) -> dict[str, Any]:
     }
 
 
-def _scan(source: SourceFile, graph: Graph, scan: N.Scan, ranges: Ranges) -> dict[str, Any]:
+def _scan(source: SourceFile, unit: Unit, scan: N.Scan, ranges: Ranges) -> dict[str, Any]:
+    graph = unit.graph
     gates = [graph[g.arg] for g in scan.gates]
     constant = all(scan.axis not in g.axes for g in gates)
     return {
@@ -131,7 +133,7 @@ def _scan(source: SourceFile, graph: Graph, scan: N.Scan, ranges: Ranges) -> dic
         },
         "writes": len(scan.writes) or int(scan.add is not None),
         "reads": len(scan.queries) or 1,
-        "numerics": _licence(scan, gates, ranges),
+        "numerics": _licence(unit, scan, gates, ranges),
         "state": [_state(graph, scan.name, scan.declared)],
         "kernels": list(_kernels(scan)),
     }
@@ -164,7 +166,7 @@ def _structure(scan: N.Scan, gates: list[N.AnyNode]) -> str:
     return f"by {', '.join(a for a in scan.batch if a in axes)}" if axes - {scan.axis} else "by step"
 
 
-def _licence(scan: N.Scan, gates: list[N.AnyNode], ranges: Ranges) -> dict[str, Any]:
+def _licence(unit: Unit, scan: N.Scan, gates: list[N.AnyNode], ranges: Ranges) -> dict[str, Any]:
     """What is proven of the gate, and how exponents are anchored on that proof."""
     if scan.algebra == "max-plus":
         return {"gate": "max-plus", "anchoring": "none", "gate_gradient": "by the larger argument"}
@@ -181,8 +183,24 @@ def _licence(scan: N.Scan, gates: list[N.AnyNode], ranges: Ranges) -> dict[str, 
     return {
         "gate": proven,
         "least": least if least > float("-inf") else None,
-        "anchoring": "halves: every exponent is at most 0, for any gate",
-        "gate_gradient": "sums over straddling pairs" if logs else "direct gate gradient",
+        **_anchoring(unit, scan, logs),
+    }
+
+
+def _anchoring(unit: Unit, scan: N.Scan, logs: bool) -> dict[str, str]:
+    """How pairs of tokens are anchored, and what a gate's gradient is summed from, by the kernels too."""
+    form = scan_form(scan, {n.id: n.axes for n in unit.graph.nodes}, fixed=unit.schedule.prefix_invariant)
+    anchor, proven = form.mild()
+    halves = "halves: every exponent is at most 0, for any gate"
+    sums = "sums over straddling pairs" if logs else "direct gate gradient"
+    if anchor is None:
+        return {"anchoring": halves, "gate_gradient": sums}
+    at = {"start": "the tile's start", "blocks": "the start of blocks of 16 tokens"}[anchor]
+    which = "all tiles" if proven else f"tiles that decay by less than {LIMIT:g} nats"
+    several = not logs or len(scan.gates) > 1
+    return {
+        "anchoring": f"{halves}; in bfloat16 on a GPU {which} at {at}",
+        "gate_gradient": sums if several else f"{sums}; in bfloat16 on a GPU suffix sums of reads less writes",
     }
 
 
