@@ -24,7 +24,7 @@ def other(side: Side) -> Side:
 # Names that emitted scans and kernels use for themselves: an operand of such a name gets a number behind it.
 _EMITTED = """
 seq initial states ends last half decay update operands ctx score d_score part gate_low gate_up result state new
-H I J D C LEVELS BI BJ BD DOT PRECISION SPLIT BLOCK TILE LOG_SMALL tl triton torch Any Tensor Sequences row rows
+H I J D C LEVELS BI BJ BD DOT PRECISION PARTS BLOCK TILE LOG_SMALL tl triton torch Any Tensor Sequences row rows
 col_i col_j has has_i has_j cell token inside start stop first count tile tiles block blocks_j head sequence
 step level upper lower pair inner outward flow crossing edges earlier later others left right types base before
 upto onward rounded is_mild chosen schedule offsets tokens each kept parts program blocks_i base sums since

@@ -81,7 +81,7 @@ def test_kernels_mean_the_attention(built: Any, name: str, monkeypatch: pytest.M
     for own, kernel in parse_kernels(inspect.getsource(kernels)).items():
         if own.startswith("y_"):
             monkeypatch.setattr(kernels, own, Interpreted(kernel))
-    types = {"DOT": "", "PRECISION": "", "SPLIT": False}
+    types = {"DOT": "", "PRECISION": "", "PARTS": 0}
     monkeypatch.setattr(kernels, "types_of", lambda given: types)
     monkeypatch.setattr(kernels, "tile", lambda size, types: (4, 8, 1))
     monkeypatch.setattr(kernels, "BLOCK", 8)

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cases
 import pytest
 import torch
+from derived import TEXTS as DERIVED_TEXTS
 from derived import Scan as Derived
 from derived import close, outputs
 from derived import scans as derived_scans
-from test_structure import CHUNKED, KERNELS, PASSED, VECTOR, at, scans
+from test_structure import CHUNKED, KERNELS, PASSED, TEXTS, VECTOR, at, scans
 from torch import Tensor
 
 from chunkc.backends.scan import ScanForm
@@ -174,8 +176,8 @@ class Batch:
 class Launches:
     """Runs the launches of one direction: memory by name, in the layout of emitted code [tokens, H, D]."""
 
-    def __init__(self, scan: Any, batch: Batch, sizes: dict[str, int]) -> None:
-        self.scan, self.batch, self.sizes = scan, batch, sizes
+    def __init__(self, scan: Any, batch: Batch, sizes: dict[str, int], whole: bool = False) -> None:
+        self.scan, self.batch, self.sizes, self.whole = scan, batch, sizes, whole
         self.table = batch.table()
         self.memory: dict[str, Tensor] = {}
 
@@ -183,16 +185,22 @@ class Launches:
         return torch.full(shape, float("nan"), dtype=torch.float64)  # what nobody writes shows
 
     def run(self, launch: T.Kernel, block: int) -> None:
-        """A launch; where tiles are told apart, by the kernel for those that decay little and by that for the rest."""
-        for role, kernel in self.scan.kernels.items():
-            if role == launch.role or role in (f"{launch.role}_start", f"{launch.role}_blocks"):
-                self.run_kernel(kernel, launch, block)
+        """A launch: in bfloat16 by the kernel for tiles that decay little, and by that for the rest, if there may be
+        such; in float32 by the latter alone, without the totals that tell them apart."""
+        anchor, proven = self.scan.form.mild()
+        mild = self.scan.kernels.get(f"{launch.role}_{anchor}")
+        if mild is not None and not self.whole:
+            self.run_kernel(mild, launch, block)
+        if mild is None or self.whole or not proven:
+            self.run_kernel(self.scan.kernels[launch.role], launch, block)
 
     def run_kernel(self, kernel: Kernel, launch: T.Kernel, block: int) -> None:
         passed = {v: k for k, v in PASSED.get(launch.role, {}).items()}
-        memory: dict[str, Tensor | int] = {f"{passed.get(n, n)}_ptr": x.view(-1) for n, x in self.memory.items()}
+        memory: dict[str, Tensor | int | None] = {f"{passed.get(n, n)}_ptr": x.view(-1) for n, x in self.memory.items()}
         memory |= {**self.table, "tokens": -1, "each": -1, "levels": C.bit_length() - 1, "upper_levels": 2}
         memory |= {f"parts_{s}": -(-self.sizes[s.upper()] // block) for s in "ij"}
+        if self.whole and launch.role != "states":
+            memory |= {"totals_i_ptr": None, "totals_j_ptr": None}
         constants = {
             "AI": 32,
             "AJ": 32,
@@ -202,7 +210,7 @@ class Launches:
             "BI": block,
             "BJ": block,
             "LIMIT": 60.0,
-            "PARTS": 0 if block == 4 else 2,  # gates' gradients in float32, and in bfloat16
+            "PARTS": 0 if self.whole else 2,
             "GATE_PARTS": 2,
         }
         rows = self.table["tile_start_ptr"].numel() if launch.rows == "tiles" else len(self.batch.lengths)
@@ -284,21 +292,42 @@ def wanted(given: Derived, node: N.Scan, pieces: list[tuple[dict[str, Tensor], d
 
 
 @pytest.mark.parametrize("name", CHUNKED)
-@pytest.mark.parametrize("block", [4, 16])
-def test_kernels_mean_the_scan(name: str, block: int) -> None:
-    """Ragged and empty sequences, tiles of 8 tokens, sides in blocks: forward and gradients in float64."""
+@pytest.mark.parametrize("block, whole", [(4, True), (16, False)], ids=["as in float32", "as in bfloat16"])
+def test_kernels_mean_the_scan(name: str, block: int, whole: bool) -> None:
+    """Ragged and empty sequences, tiles of 8 tokens, sides in blocks: forward and gradients in float64, by the launches
+    that there are in float32 (`whole` sums) and in bfloat16."""
     for index, scan in enumerate(scans(name)):
         given = [s for s in derived_scans(name) if s.node.i or s.node.j][index]
-        form, total = scan.form, sum(LENGTHS)
-        values, sizes = drawn(scan, given, total)
-        torch.manual_seed(1)
-        initial = torch.randn(len(LENGTHS), sizes["H"], sizes["I"], sizes["J"], dtype=torch.float64)
-        run = Launches(scan, Batch(LENGTHS), sizes)
-        forward(run, values, initial, block)
-        have = {n: run.memory[n] for n in (*form.results(), "last")}
-        grads = {f"d_{n}": torch.randn(x.shape, dtype=torch.float64) for n, x in have.items()}
-        have_grads = backward(run, values, grads, block)
-        check(scan, given, values, initial, grads, have, have_grads)
+        compare(scan, given, *drawn(scan, given, sum(LENGTHS)), block, whole)
+
+
+def compare(scan: Any, given: Derived, values: dict[str, Tensor], sizes: dict[str, int], block: int,
+            whole: bool) -> None:  # fmt: skip
+    """A scan's kernels against the loop over tokens, forward and backward."""
+    torch.manual_seed(1)
+    initial = torch.randn(len(LENGTHS), sizes["H"], sizes["I"], sizes["J"], dtype=torch.float64)
+    run = Launches(scan, Batch(LENGTHS), sizes, whole)
+    forward(run, values, initial, block)
+    have = {n: run.memory[n] for n in (*scan.form.results(), "last")}
+    grads = {f"d_{n}": torch.randn(x.shape, dtype=torch.float64) for n, x in have.items()}
+    have_grads = backward(run, values, grads, block)
+    check(scan, given, values, initial, grads, have, have_grads)
+
+
+@pytest.mark.parametrize("name", ["gated", "value_gate", "product_gate"])
+@pytest.mark.parametrize("least, anchor", [(-1.25, "start"), (-5.0, "blocks"), (-5.5, None)])
+def test_a_declared_range_proves_an_anchor(monkeypatch: pytest.MonkeyPatch, name: str, least: float,
+                                           anchor: str | None) -> None:  # fmt: skip
+    """64 tokens of 1.25 nats and 16 of 5 are 80; what decays by more is told tile by tile."""
+    own = f"{name} of {least}"
+    for texts in (TEXTS, DERIVED_TEXTS):
+        monkeypatch.setitem(texts, own, cases.OPS[name].replace("[-inf, 0]", f"[{least}, 0]"))
+    (scan,), (given,) = scans(own), derived_scans(own)
+    assert scan.form.mild() == (anchor or "start", anchor is not None)
+    assert {r.rpartition("_")[2] for r in scan.kernels} >= {anchor or "start"}
+    values, sizes = drawn(scan, given, sum(LENGTHS))
+    values |= {g.name: least * torch.rand(values[g.name].shape, dtype=torch.float64) for g in scan.form.gates}
+    compare(scan, given, values, sizes, 16, whole=False)
 
 
 def check(scan: Any, given: Derived, values: dict[str, Tensor], initial: Tensor, grads: dict[str, Tensor],

@@ -1,8 +1,9 @@
-"""Recurrences to their normal form: a diagonal linear scan with reads before the update, and maps around it.
+"""Recurrences to their normal form: a diagonal linear scan with reads, and maps around it.
 
 A body's values are kept as *forms*: a diagonal coefficient for each state as it was when the step started, and a
 state-free rest. A sum over a state's axes makes a *read*; a state inside any other function makes a read of its whole
-trajectory. States that depend on each other condense to components, and each component is a scan, or, where it has
+trajectory. Reads are of the state before the update; where all of a state are after it, `reads.py` finds that. States
+that depend on each other condense to components, and each component is a scan, or, where it has
 no chunk form, a recurrence that runs a token at a time, with the reason.
 """
 

@@ -1,4 +1,4 @@
-"""One token of a scan, as a graph at the normal level: the reads, then the update."""
+"""One token of a scan, as a graph at the normal level: the reads and the update, in the scan's order."""
 
 from __future__ import annotations
 
