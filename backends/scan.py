@@ -76,6 +76,11 @@ class ScanForm:
             yield j
         yield from self.queries
 
+    @property
+    def when(self) -> str:
+        """When reads are, as to the update."""
+        return "before" if self.scan.start == "read" else "after"
+
     def wide(self) -> tuple[Operand, ...]:
         """The gates that are no single number a head."""
         return tuple(g for g in self.gates if not g.thin)

@@ -67,7 +67,7 @@ def _typed(names: list[str]) -> str:
 def _signature(form: ScanForm) -> str:
     i, j = ",".join(form.scan.i), ",".join(form.scan.j)
     return (f"Operands [B, T, H, D], D the size of ({i}) or ({j}); initial [N, H, ({i}), ({j})]. "
-            "Gives each read before the update, and the last state.")  # fmt: skip
+            f"Gives each read {form.when} the update, and the last state.")  # fmt: skip
 
 
 def _step(form: ScanForm, lines: Lines, w: Writer) -> None:
@@ -76,7 +76,7 @@ def _step(form: ScanForm, lines: Lines, w: Writer) -> None:
     step = form.scan.step
     assert step is not None, "the scan has no step"
     with w.indented(f"def {form.name}_step({_typed(names)}, state: Tensor) -> tuple[Tensor, ...]:"):
-        w('"""One token: the reads before the update, and the state after it."""')
+        w(f'"""One token: the reads {form.when} the update, and the state behind it."""')
         w(f"{', '.join(names)} = (x.transpose(1, 2) for x in ({', '.join(names)}))")
         p = Printer(step, form.scan, _named(step, [*names, "state"]), lines, w)
         for o, node in zip(form.operands(), step.of_kind(Input)):

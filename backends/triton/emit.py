@@ -164,11 +164,7 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     forms = [(u, _form(u, s, prefix_of(u, units))) for u, s in scans if s.i or s.j]
     made = [(form, kernels_of(form, lines, spans_of(unit, lines))) for unit, form in forms]
     if made:
-        _places(w)
-        if any(form.wide() for form, _ in made):
-            _rounded(w)
-        if any(_totals(form) for form, _ in made):
-            _is_mild(w)
+        _helpers([form for form, _ in made], w)
         _schedules(made, w)
     for form, kernels in made:
         _scan(form, kernels, lines, w)
@@ -251,59 +247,52 @@ def _settings(w: Writer) -> None:
         w("return total")
 
 
-PLACES = {
-    "tile_start": ("table_ptr, tile, tokens, each, C: tl.constexpr", "table_ptr",
-                   "tile // each * tokens + tile % each * C", "tile", "The first token of a tile."),
-    "tile_stop": ("table_ptr, tile, tokens, each", "table_ptr", "(tile // each + 1) * tokens", "tile",
-                  "The end of a tile's sequence."),
-    "sequence_start": ("offsets_ptr, sequence, tokens", "offsets_ptr", "sequence * tokens", "sequence",
-                       "The first token of a sequence."),
-    "sequence_tile": ("table_ptr, sequence, each", "table_ptr", "sequence * each", "sequence",
-                      "The first tile of a sequence."),
+# Functions beside the kernels by name: arguments, docstring, a condition on what is constant, and what is found if it
+# holds and else. The first four say where tiles lie: as tables of a packed batch do; rows of a dense one have the same
+# number of tiles each.
+HELPERS: dict[str, tuple[str, str, str, list[str], list[str]]] = {
+    "tile_start": ("table_ptr, tile, tokens, each, C: tl.constexpr", "The first token of a tile.",
+                   "table_ptr is None:", ["found = tile // each * tokens + tile % each * C"],
+                   ["found = tl.load(table_ptr + tile)"]),
+    "tile_stop": ("table_ptr, tile, tokens, each", "The end of a tile's sequence.",
+                  "table_ptr is None:", ["found = (tile // each + 1) * tokens"], ["found = tl.load(table_ptr + tile)"]),
+    "sequence_start": ("offsets_ptr, sequence, tokens", "The first token of a sequence.",
+                       "offsets_ptr is None:", ["found = sequence * tokens"],
+                       ["found = tl.load(offsets_ptr + sequence)"]),
+    "sequence_tile": ("table_ptr, sequence, each", "The first tile of a sequence.",
+                      "table_ptr is None:", ["found = sequence * each"], ["found = tl.load(table_ptr + sequence)"]),
+    "rounded": ("x, DOT: tl.constexpr, PRECISION: tl.constexpr",
+                "A factor of a product in the digits that the product takes of it.",
+                'PRECISION == "tf32":  # 10 of float32\'s 23, to the nearest',
+                ["bits = x.to(tl.int32, bitcast=True)",
+                 "found = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)"],
+                ["found = x.to(DOT)"]),
+    "is_mild": ("totals_ptr, cell, D: tl.constexpr, A: tl.constexpr, LIMIT: tl.constexpr",
+                "Whether a tile decays by less than LIMIT nats in each of D numbers; without totals none is known to.",
+                "totals_ptr is None:", ["found = cell < 0"],
+                ["col = tl.arange(0, A)",
+                 "found = tl.min(tl.load(totals_ptr + cell * D + col, mask=col < D, other=0.0), 0) > -LIMIT"]),
 }  # fmt: skip
 
 
-def _places(w: Writer) -> None:
-    """Where tiles lie: as tables of a packed batch say; rows of a dense one have equally many. And which are mild."""
-    for name, (arguments, table, dense, index, doc) in PLACES.items():
+def _helpers(forms: list[ScanForm], w: Writer) -> None:
+    """The functions that the kernels of these scans call."""
+    unused = {"rounded"} if not any(form.wide() for form in forms) else set()
+    unused |= {"is_mild"} if not any(_totals(form) for form in forms) else set()
+    for name in HELPERS:
+        if name in unused:
+            continue
+        arguments, doc, condition, then, otherwise = HELPERS[name]
         w()
         w()
         w("@triton.jit")
         with w.indented(f"def {name}({arguments}):"):
             w(f'"""{doc}"""')
-            with w.indented(f"if {table} is None:"):
-                w(f"found = {dense}")
-            with w.indented("else:"):
-                w(f"found = tl.load({table} + {index})")
+            for head, lines in ((f"if {condition}", then), ("else:", otherwise)):
+                with w.indented(head):
+                    for line in lines:
+                        w(line)
             w("return found")
-
-
-def _rounded(w: Writer) -> None:
-    w()
-    w()
-    w("@triton.jit")
-    with w.indented("def rounded(x, DOT: tl.constexpr, PRECISION: tl.constexpr):"):
-        w('"""A factor of a product in the digits that the product takes of it."""')
-        with w.indented('if PRECISION == "tf32":  # 10 of float32\'s 23, to the nearest'):
-            w("bits = x.to(tl.int32, bitcast=True)")
-            w("found = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)")
-        with w.indented("else:"):
-            w("found = x.to(DOT)")
-        w("return found")
-
-
-def _is_mild(w: Writer) -> None:
-    w()
-    w()
-    w("@triton.jit")
-    with w.indented("def is_mild(totals_ptr, cell, D: tl.constexpr, A: tl.constexpr, LIMIT: tl.constexpr):"):
-        w('"""Whether a tile decays by less than LIMIT nats in each of D numbers; without totals none is known to."""')
-        with w.indented("if totals_ptr is None:"):
-            w("found = cell < 0")
-        with w.indented("else:"):
-            w("col = tl.arange(0, A)")
-            w("found = tl.min(tl.load(totals_ptr + cell * D + col, mask=col < D, other=0.0), 0) > -LIMIT")
-        w("return found")
 
 
 def _schedules(made: list[tuple[ScanForm, dict[str, Kernel]]], w: Writer) -> None:
@@ -394,7 +383,7 @@ def _entry(form: ScanForm, names: list[str], typed: str, w: Writer) -> None:
     w()
     w("@as_given")
     with w.indented(f"def {form.name}_scan(seq: Sequences, {typed}, initial: Tensor) -> tuple[Tensor, ...]:"):
-        w(f'"""Operands [B, T, H, D]; gives each read {when(form)} the update, and the last state."""')
+        w(f'"""Operands [B, T, H, D]; gives each read {form.when} the update, and the last state."""')
         with w.indented(f"if seq.one_token and not tracked({given.removeprefix('seq, ')}):"):
             w(f"return {form.name}_step({given})")
         w(f"result: tuple[Tensor, ...] = {form.name}_Scan.apply({given})")
@@ -420,15 +409,6 @@ def _totals(form: ScanForm) -> dict[str, str]:
     return {} if anchor is None or proven else {f"totals_{g.side}": g.side for g in form.wide()}
 
 
-def when(form: ScanForm) -> str:
-    """When a scan's reads are."""
-    return "before" if form.scan.start == "read" else "after"
-
-
-def _argument(name: str) -> str:
-    return {"tile_start": "start", "tile_stop": "stop", "first_tile": "first"}.get(name, name)
-
-
 def _launch(form: ScanForm, kernels: dict[str, Kernel], launch: T.Kernel, w: Writer,
             rename: dict[str, str] | None = None) -> None:  # fmt: skip
     """A launch: programs over rows (tiles or sequences), blocks of a side or both, heads. Where tiles may be mild, or
@@ -436,13 +416,11 @@ def _launch(form: ScanForm, kernels: dict[str, Kernel], launch: T.Kernel, w: Wri
     kernel = kernels[launch.role]
     anchor, proven = form.mild()
     mild = kernels.get(f"{launch.role}_{anchor}")
-    rows = "seq.count" if launch.rows == "sequences" else "tiles"
     if mild is None:
-        with w.indented(f"if {rows}:"):
+        with w.indented(f"if {_rows(launch)}:"):
             _call(kernel, launch, w, rename or {})
         return
-    in_halves = 'types["DOT"] == tl.bfloat16'
-    with w.indented(f"if tiles and {in_halves}:"):
+    with w.indented('if tiles and types["DOT"] == tl.bfloat16:'):
         _call(mild, launch, w, rename or {})
         if not proven:
             _call(kernel, launch, w, rename or {})
@@ -450,27 +428,24 @@ def _launch(form: ScanForm, kernels: dict[str, Kernel], launch: T.Kernel, w: Wri
         _call(kernel, launch, w, dict.fromkeys(_totals(form), "None"))
 
 
+def _rows(launch: T.Kernel) -> str:
+    """What a launch has programs for."""
+    return "seq.count" if launch.rows == "sequences" else "tiles"
+
+
 def _call(kernel: Kernel, launch: T.Kernel, w: Writer, rename: dict[str, str]) -> None:
-    rows = "seq.count" if launch.rows == "sequences" else "tiles"
-    count = " * ".join(f'triton.cdiv({s.upper()}, chosen["B{s.upper()}"])' for s in launch.blocks)
-    arguments = [_argument(a.removesuffix("_ptr")) for a in kernel.arguments]
-    numbers = {"levels": "LEVELS", "upper_levels": "2"}
+    """One kernel's call; `rename`: what the function around it calls some arguments."""
     parts = {f"parts_{s}": f'triton.cdiv({s.upper()}, chosen["B{s.upper()}"])' for s in "ij"}
-    arguments = [{**numbers, **parts, **rename}.get(a, a) for a in arguments]
-    given = {
-        "AI": "triton.next_power_of_2(I)",
-        "AJ": "triton.next_power_of_2(J)",
-        "H": "H",
-        "I": "I",
-        "J": "J",
-        "C": "TILE",
-        "LEVELS": "LEVELS",
-        "GATE_PARTS": "parts",
-    }
+    count = " * ".join(parts[f"parts_{s}"] for s in launch.blocks)
+    named = {"tile_start": "start", "tile_stop": "stop", "first_tile": "first", "levels": "LEVELS", "upper_levels": "2"}
+    arguments = [a.removesuffix("_ptr") for a in kernel.arguments]
+    arguments = [{**named, **parts, **rename}.get(a, a) for a in arguments]
+    given = {"C": "TILE", "AI": "triton.next_power_of_2(I)", "AJ": "triton.next_power_of_2(J)", "GATE_PARTS": "parts"}
+    given |= {c: c for c in ("H", "I", "J", "LEVELS")}
     given |= {c: f'types["{c}"]' for c in ("DOT", "PRECISION", "PARTS", "LIMIT")}
     walks = ", seq.count * H" if launch.rows == "sequences" else ""
     w(f'chosen = schedule("{kernel.name}", I, J, types{walks})')
-    w(f"{kernel.name}[({rows} * H * {count},)](")
+    w(f"{kernel.name}[({_rows(launch)} * H * {count},)](")
     w(f"    {', '.join(arguments)},")
     w(f"    {', '.join(f'{c}={given[c]}' for c in kernel.constants if c in given)}, **chosen,")
     w(")")

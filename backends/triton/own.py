@@ -61,12 +61,17 @@ class SideKernel(SideBase):
         at = {"start": "the tile's start", "blocks": "the start of blocks", "levels": "the middle between them"}
         return f"{text}; pairs are anchored at {at[self.plan.anchor]}."
 
-    def load_own(self) -> Expr:
-        """The own side's operands; its gate's tile, if there is one for each number."""
-        gate = self.t.gate(self.own)
+    def load_own(self) -> None:
+        """The own side's operands."""
         for n in self.own_names():
             self.t.load(n, self.x)
-        return gate if gate is not None else Expr("0.0")
+
+    def load_gated(self) -> Expr:
+        """The tile of the own side's gate, and the operands."""
+        gate = self.t.gate(self.own)
+        assert gate is not None, "the side has no gate for each of its numbers"
+        self.load_own()
+        return gate
 
     def own_pairs(self, name: str, prefix: str = "near_") -> None:
         """What each token's read of its own write, which no gate decays, adds to a read or gradient."""
@@ -199,7 +204,7 @@ class SideKernel(SideBase):
             if self.plan.anchor == "levels":
                 self.zeros(f"d_{self.own.name}")
         if self.plan.anchor != "start":
-            gate = self.load_own()
+            gate = self.load_gated()
             for name in [*(self.read_name(m) for m in self.reads), *(self.write_name(r) for r in self.writes)]:
                 self.zeros(f"near_{name}")
             self.by_levels(gate)
@@ -222,7 +227,7 @@ class SideKernel(SideBase):
     def gradient(self, name: str, reads: tuple[int, ...] = (), writes: tuple[int, ...] = ()) -> None:
         """A read, or a gradient: from pairs inside the tile, and from the state at an edge, decayed on its way."""
         b, t = self.b, self.t
-        gate = self.load_own()
+        gate = self.load_gated()
         if self.plan.anchor == "start":
             self.zeros(f"near_{name}")
             self.at_start(self.since(gate, "near", t.mask("upto")), reads, writes)
