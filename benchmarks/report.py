@@ -11,6 +11,8 @@ from limits import least
 from ops import OPS
 from rows import MEAN, MILDEST, OURS, Case, Must, Row
 
+from chunkc.bench.report import ms, number
+
 Found = Mapping[str, Any]
 Timed = Mapping[tuple[str, str], Found]  # by candidate and the key of a case
 PASSES = (("forward", "forward"), ("both", "with backward"))
@@ -94,12 +96,12 @@ def _cells(e: Mapping[str, Any], errors: Sequence[Mapping[str, Any]]) -> Sequenc
                   and x["gate"] == e["gate"] and x["widths"] == widths(e["shape"])), None)  # fmt: skip
     return (
         e["group"], e["op"], e["shape"] + (", one token" if e["mode"] == "step" else ""), e["gate"],
-        _ms(ours.get("forward_ms")), _ms(ours.get("both_ms")), _ms(ours.get("graph_forward_ms")),
-        _ms(ours.get("graph_both_ms")), _form(ours.get("peak_mib"), ".0f"), rival["name"] if rival else "",
-        _ms(rival.get("forward_ms")) if rival else "", _ms(rival.get("both_ms")) if rival else "",
-        _form(rival.get("peak_mib"), ".0f") if rival else "", _form(e["times_forward"], ".2f"),
-        _form(e["times_both"], ".2f"), _part(e["limit_share_forward"]), _part(e["limit_share_both"]),
-        _form(e["error"], ".1e"), _form(None if isinstance(other, str) else other, ".1e"),
+        ms(ours.get("forward_ms")), ms(ours.get("both_ms")), ms(ours.get("graph_forward_ms")),
+        ms(ours.get("graph_both_ms")), number(ours.get("peak_mib"), ".0f"), rival["name"] if rival else "",
+        ms(rival.get("forward_ms")) if rival else "", ms(rival.get("both_ms")) if rival else "",
+        number(rival.get("peak_mib"), ".0f") if rival else "", number(e["times_forward"], ".2f"),
+        number(e["times_both"], ".2f"), _part(e["limit_share_forward"]), _part(e["limit_share_both"]),
+        number(e["error"], ".1e"), number(None if isinstance(other, str) else other, ".1e"),
         ", ".join(m["text"] for m in e["musts"]),
         ", ".join("yes" if m["met"] else "no" for m in e["musts"]),
     )  # fmt: skip
@@ -160,7 +162,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     average = report["mean"]
     out = []
     if average["shapes"]:
-        value, met = _form(average["times_both"], ".2f") or "none", "yes" if average["met"] else "no"
+        value, met = number(average["times_both"], ".2f") or "none", "yes" if average["met"] else "no"
         out.append(f"geometric mean with backward, {MILDEST}, {average['timed']} of {average['shapes']} shapes: "
                    f"{value}; must {average['wanted']:g}: {met}")  # fmt: skip
     for e in report["rows"]:
@@ -176,7 +178,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     for key, found in report["checks"].items():
         failed = [name for name in ("right", "repeats", "prefix") if found.get(name) is False]
         if failed:
-            error = _form(found.get("error"), ".1e") or found.get("reason")
+            error = number(found.get("error"), ".1e") or found.get("reason")
             out.append(f"check of {key}: not {', not '.join(failed)} ({error})")
     for each in report["errors"]:
         if isinstance(each["error"], str):
@@ -184,13 +186,5 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     return [*dict.fromkeys(out), *(f"{name}: {value}" for name, value in report["first"].items())]
 
 
-def _ms(value: float | None) -> str:
-    return _form(value, ".3f")
-
-
 def _part(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
-
-
-def _form(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)

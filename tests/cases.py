@@ -7,6 +7,19 @@ from torch import Tensor
 
 AXES = "axes { t: time, h = heads, i = dk, j = dv }"
 
+# Gated linear attention as an op, for what is no matter of numerics.
+PLAIN = """op gated(heads: int, dk: int, dv: int) {
+  axes { t: time, h = heads, i = dk, j = dv }
+  input q[t, h, i], k[t, h, i], v[t, h, j], g[t, h, i] in [-inf, 0]
+  recurrence over t {
+    state S[h, i, j]
+    S = exp(g) * S + k * v
+    o = sum[i](q * S)
+  }
+  output o
+}
+"""
+
 OPS = {
     "gated": f"""causal op gated(heads: int, dk: int, dv: int, scale: float = 0.5) {{
   {AXES}

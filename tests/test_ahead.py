@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
 import torch
 import triton
@@ -29,17 +30,7 @@ from chunkc.building import build_source
 from chunkc.driver import compile_source
 from chunkc.ir.diagnostics import CompileError, SourceFile
 
-OP = """op gated(heads: int, dk: int, dv: int) {
-  axes { t: time, h = heads, i = dk, j = dv }
-  input q[t, h, i], k[t, h, i], v[t, h, j], g[t, h, i] in [-inf, 0]
-  recurrence over t {
-    state S[h, i, j]
-    S = exp(g) * S + k * v
-    o = sum[i](q * S)
-  }
-  output o
-}
-"""
+OP = cases.PLAIN
 SEES = """op sees(heads: int, dk: int, dv: int) {
   axes { t: time, s = t, h = heads, i = dk, j = dv }
   input q[t, h, i], k0[t, h, i], v0[t, h, j]

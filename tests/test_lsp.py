@@ -6,6 +6,7 @@ import asyncio
 import sys
 from pathlib import Path
 
+import cases
 import pytest
 from lsprotocol import types
 from pygls.lsp.client import LanguageClient
@@ -13,17 +14,7 @@ from test_cli import environment
 
 from chunkc.lsp import completions, diagnostics, hover, source_of
 
-GOOD = """op f(heads: int, dk: int, dv: int) {
-  axes { t: time, h = heads, i = dk, j = dv }
-  input q[t, h, i], k[t, h, i], v[t, h, j], g[t, h, i] in [-inf, 0]
-  recurrence over t {
-    state S[h, i, j]
-    S = exp(g) * S + k * v
-    o = sum[i](q * S)
-  }
-  output o
-}
-"""
+GOOD = cases.PLAIN.replace("op gated", "op f")
 BAD = "op f {\n  axes { t: time }\n  input x[t]  # ü🙂\n  output y = x + z\n}\n"
 URI = "file:///nowhere/f.spec"
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chunkc.backends.scan import Operand, Pair, ScanForm, Side, other
-from chunkc.backends.triton.kernel import Expr, Kernel, call, dot, exp, masked_sum, trans, where
-from chunkc.backends.triton.tile import SIZE, Tile, block, notes_of, real, scaled
+from chunkc.backends.scan import Operand, Pair, ScanForm, Side
+from chunkc.backends.triton.kernel import Expr, Kernel, call, dot, masked_sum, trans, where
+from chunkc.backends.triton.tile import SIZE, OneSide, block, real, scaled
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,12 @@ class GatePlan:
     pairs: bool
 
 
-class GateKernel:
+class GateKernel(OneSide):
     """Builds the kernel for one part of a gate's gradient."""
 
     def __init__(self, form: ScanForm, plan: GatePlan, name: str, spans: dict[str, str]) -> None:
-        self.form, self.plan, self.name = form, plan, name
-        self.x, self.o = plan.side, other(plan.side)
-        self.t = Tile(form, notes_of(form, spans))
-        self.b = self.t.b
-        self.readers: list[Pair] = form.query_pairs()
-        self.writers: list[Pair] = form.write_pairs()
+        super().__init__(form, plan.side, name, spans)
+        self.plan = plan
         own, self.far = form.gate(self.x), form.gate(self.o)
         assert own is not None
         self.own: Operand = own
@@ -86,7 +82,7 @@ class GateKernel:
             for n in self.names(x):
                 t.load(n, x)
             assert gate is not None
-            pair, factor = self.level(level, gate, self.own.thin)
+            pair, factor = t.level(level, gate, self.own.thin)
             flow: Expr | None = None
             for m, r in self.pairs:
                 rows = b.let("rows", where(Expr("upper").rows, *self.operands(m, r, x)))
@@ -116,20 +112,10 @@ class GateKernel:
                 b.add(Expr(f"score_{m}{r}"), where(t.mask("earlier"), low, high))
             return
         with b.loop("level", "LEVELS", "levels") as level:
-            pair, factor = self.level(level, gate, self.thin_far)
+            pair, factor = t.level(level, gate, self.thin_far)
             for m, r in self.pairs:
                 rows = b.let(f"rows_{m}{r}", where(Expr("upper").rows, *self.operands(m, r, self.o)) * factor)
                 b.add(Expr(f"score_{m}{r}"), where(pair, dot(rows, trans(rows)), 0.0))
-
-    def level(self, level: Expr, gate: Expr, thin: bool) -> tuple[Expr, Expr]:
-        """Which pairs a level anchors, and each token's decay to or from the middle of its block."""
-        b, t, row = self.b, self.t, Expr("row")
-        upper = b.let("upper", ((row >> level) & 1).same(1), "in the later half of its block")
-        half = b.let("half", row >> level)
-        pair = b.let("pair", Expr("^", (half.rows, half.cols)).same(1), "across the middle of a block")
-        inner = b.let("inner", half.rows.same(half.cols) & where(upper.rows, t.since, t.mask("later")),
-                      "gates between a token and the middle")  # fmt: skip
-        return pair, b.let("decay", exp(t.sums(inner, gate, thin)))
 
     # -- the tile's edges ----------------------------------------------------------------------------------------------
 

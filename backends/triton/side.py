@@ -15,9 +15,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from chunkc.backends.scan import Anchor, Operand, Pair, ScanForm, Side, other
+from chunkc.backends.scan import Anchor, Operand, ScanForm, Side
 from chunkc.backends.triton.kernel import Expr, call, dot, exp, masked_sum, trans, where
-from chunkc.backends.triton.tile import Tile, block, notes_of, real, scaled
+from chunkc.backends.triton.tile import OneSide, block, real, scaled
 
 ZEROS = "tl.zeros"
 BLOCK = Expr("LEVELS") - 2  # the logarithm of a block's size
@@ -40,7 +40,7 @@ class SidePlan:
     only: bool = False
 
 
-class SideBase:
+class SideBase(OneSide):
     """The names of a side kernel, and what it takes from the other side: states and scores.
 
     A reader's factors are (c, d r) or, for a query of the other kind, (d r, c); forward only the c of queries over
@@ -48,12 +48,8 @@ class SideBase:
     has the scores of both: its lower half belongs to reads, its upper half to writes."""
 
     def __init__(self, form: ScanForm, plan: SidePlan, name: str, spans: dict[str, str]) -> None:
-        self.form, self.plan, self.name = form, plan, name
-        self.x, self.o = plan.side, other(plan.side)
-        self.t = Tile(form, notes_of(form, spans))
-        self.b = self.t.b
-        self.readers: list[Pair] = form.query_pairs()
-        self.writers: list[Pair] = form.write_pairs()
+        super().__init__(form, plan.side, name, spans)
+        self.plan = plan
         own, far = form.gate(self.x), form.gate(self.o)
         self.thin = next((g for g in (own, far) if g is not None and g.thin), None)
         self.own = None if own is None or own.thin else own
@@ -160,16 +156,7 @@ class SideBase:
 
     def level(self, step: Expr, gate: Expr) -> tuple[Expr, Expr]:
         """Which pairs a level anchors, and each token's decay to or from the middle of its block."""
-        b, t, row = self.b, self.t, Expr("row")
-        level = b.let("level", Expr("LEVELS") - 1 - step)
-        half = b.let("half", row >> level)
-        upper = b.let("upper", (half & 1).same(1), "in the later half of its block")
-        pair = b.let("pair", Expr("^", (half.rows, half.cols)).same(1), "across the middle of a block")
-        middle = b.let("middle", Expr("<<", (half | 1, level)), "the first token of that half")
-        first = b.let("first", where(upper, middle, row + 1))
-        last = b.let("last", where(upper, row if t.late else row - 1, middle - 1))
-        b.let("inner", (row.cols >= first.rows) & (row.cols <= last.rows), "gates between a token and the middle")
-        return pair, b.let("decay", exp(masked_sum(Expr("inner"), gate, "GATE_PARTS")))
+        return self.t.level(self.b.let("level", Expr("LEVELS") - 1 - step), gate, thin=False)
 
     # -- over blocks of the other side -------------------------------------------------------------------------------
 

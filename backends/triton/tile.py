@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from chunkc.backends.scan import Operand, ScanForm, Side
+from chunkc.backends.scan import Operand, Pair, ScanForm, Side, other
 from chunkc.backends.triton.kernel import Builder, Expr, Let, Statement, call, exp, masked_sum, where
 
 SIZE = {"i": "I", "j": "J"}
@@ -150,3 +150,28 @@ class Tile:
     def total(gate: Expr, thin: bool) -> Expr:
         """The decay over the whole tile, [D] or [1]."""
         return exp(call("tl.sum", gate, 1 if thin else 0))
+
+    def level(self, level: Expr, gate: Expr, thin: bool) -> tuple[Expr, Expr]:
+        """Which pairs a level anchors, and each token's decay to or from the middle of its block."""
+        b, row = self.b, Expr("row")
+        half = b.let("half", row >> level)
+        upper = b.let("upper", (half & 1).same(1), "in the later half of its block")
+        pair = b.let("pair", Expr("^", (half.rows, half.cols)).same(1), "across the middle of a block")
+        middle = b.let("middle", Expr("<<", (half | 1, level)), "the first token of that half")
+        first = b.let("first", where(upper, middle, row + 1))
+        last = b.let("last", where(upper, row if self.late else row - 1, middle - 1))
+        inner = (row.cols >= first.rows) & (row.cols <= last.rows)
+        b.let("inner", inner, "gates between a token and the middle")
+        return pair, b.let("decay", exp(self.sums(Expr("inner"), gate, thin)))
+
+
+class OneSide:
+    """A kernel over one side of a tile: the side, the other one, and the pairs of factors of reads and writes."""
+
+    def __init__(self, form: ScanForm, side: Side, name: str, spans: dict[str, str]) -> None:
+        self.form, self.name = form, name
+        self.x, self.o = side, other(side)
+        self.t = Tile(form, notes_of(form, spans))
+        self.b = self.t.b
+        self.readers: list[Pair] = form.query_pairs()
+        self.writers: list[Pair] = form.write_pairs()

@@ -52,26 +52,28 @@ def _least(part: Mapping[str, Any]) -> str:
 
 
 def _limit_row(part: Mapping[str, Any]) -> Sequence[str]:
-    return ("limit", "", _ms(part["limit_forward_ms"]), "", _ms(part["limit_both_ms"]), "", "", "", "")
+    return ("limit", "", ms(part["limit_forward_ms"]), "", ms(part["limit_both_ms"]), "", "", "", "")
 
 
 def _cells(row: Mapping[str, Any]) -> Sequence[str]:
     return (
-        row["candidate"], row["compared"], _ms(row["forward_ms"]), _share(row["forward_of_limit"]), _ms(row["both_ms"]),
-        _share(row["both_of_limit"]), _number(row["first_s"], ".1f"), _number(row["peak_mib"], ".0f"),
-        _number(row["error"], ".1e"),
+        row["candidate"], row["compared"], ms(row["forward_ms"]), _share(row["forward_of_limit"]), ms(row["both_ms"]),
+        _share(row["both_of_limit"]), number(row["first_s"], ".1f"), number(row["peak_mib"], ".0f"),
+        number(row["error"], ".1e"),
     )  # fmt: skip
 
 
-def _ms(value: float | None) -> str:
-    return _number(value, ".3f")
+def ms(value: float | None) -> str:
+    """A time as a cell; empty if it is not known."""
+    return number(value, ".3f")
 
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.3g} %"
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """A number as a cell; empty if it is not known."""
     return "" if value is None else format(value, form)
 
 
