@@ -7,11 +7,14 @@ import torch
 from derived import ALL, IDS, TOKENS, Scan, close, outputs, scans
 from torch import Tensor
 
+from chunkc.driver import check_source
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
+from chunkc.ir.diagnostics import SourceFile
 from chunkc.ir.graph import Graph
 from chunkc.passes.chunk import Chunk
 from chunkc.passes.fuse import derive
+from chunkc.pipeline import run, upto
 
 each_scan = pytest.mark.parametrize("name, index", ALL, ids=IDS)
 
@@ -121,3 +124,23 @@ def test_kernels_are_the_scan(name: str, index: int) -> None:
     assert scan.node.step is not None
     once = outputs(over_axes(scan.node.step, scan), token, 1)
     assert list(found) == list(once) and not [n for n in once if not close(found[n], once[n])]
+
+
+@pytest.mark.parametrize("gate", ["exp(g)", "gamma", "1 - exp(-(5 + h) * log(2))"])
+def test_a_read_of_the_update_stays_one(gate: str) -> None:
+    """Whichever way a gate is written, a sum of terms too: nothing is added to the read outside the scan."""
+    text = f"""causal op decayed(heads: int, dk: int, dv: int) {{
+      axes {{ t: time, h = heads, i = dk, j = dv }}
+      input q[t, h, i], k[t, h, i], v[t, h, j], g[t, h] in [-inf, 0], gamma[t, h] in [0, 1]
+      recurrence over t {{
+        state S[h, i, j]
+        S = ({gate}) * S + k * v
+        o = sum[i](q * S)
+      }}
+      output o
+    }}"""
+    unit = check_source(SourceFile("decayed.spec", text)).module.units[0]
+    graph = run(unit.graph, upto("normalize"))
+    (scan,) = graph.of_kind(N.Scan)
+    assert scan.start == "gate"
+    assert isinstance(graph[dict(graph.outputs)["o"]], N.Out)

@@ -87,7 +87,7 @@ class AfterReads:
     def gate(self, over: set[str]) -> tuple[Monomial, Monomial, float] | None:
         """The state's gate as factors over what a read sums, factors beside it, and a number; None if it is a sum."""
         form = self.place.next[self.state]
-        gate = self.place.algebra.expand(form.diag[self.state]) if self.state in form.diag else {}
+        gate = self.place.algebra.factor(form.diag[self.state]) if self.state in form.diag else {}
         if len(gate) != 1:
             return None
         ((factors, scale),) = gate.items()
