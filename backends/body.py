@@ -11,10 +11,12 @@ from chunkc.backends.loops import Loops
 from chunkc.backends.operations import operations
 from chunkc.backends.scan import ScanForm, scan_form
 from chunkc.backends.states import declared_axes, fields
+from chunkc.backends.vector import VectorForm, inside, vector_forms
 from chunkc.backends.writer import Lines, Writer, identifier, is_name
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import DType
 from chunkc.ir.graph import Graph, Unit
+from chunkc.ir.updates import update_of
 
 
 class Body(Loops):
@@ -38,8 +40,12 @@ class Body(Loops):
         self.attentions: Mapping[str, list[Tile]] = {}
         self.wide: dict[str, str] = {}  # inputs that are also kept as they are stored
         self.whole = False  # whether calls start anew: then nothing is kept for the next one
-        self.updates = {n.id: found for n in self.graph.of_kind(N.Scan) if (found := self.update(n)) is not None}
-        self.inside = {id_ for product, state in self.updates.values() for id_ in (product, state)}
+        self.updates = {n.id: found for n in self.graph.of_kind(N.Scan) if (found := update_of(self.graph, n))}
+        forms = vector_forms(unit, prefix)
+        self.vectors = {scan.id: form for form in forms for scan in form.scans}
+        self.inside = {id_ for update in self.updates.values() for id_ in update}
+        self.inside |= {id_ for form in forms for id_ in inside(self.graph, form)}
+        self.emitted: set[str] = set()
 
     def text(self, graph: Graph, id_: str) -> tuple[str, int]:
         """A value's variable, or its expression where it is used once."""
@@ -116,23 +122,44 @@ class Body(Loops):
                 self.w(f"{name} = {self.names[param.id]}.to(ct)")
                 self.names[param.id] = name
         for node in self.graph.nodes:
-            if isinstance(node, N.Input | N.Param) or node.id in self.inside:
-                continue
-            if isinstance(node, N.Scan):
-                self.start_state(node.name)
-                self.scan(node)
-            elif isinstance(node, N.Recur):
-                for c in node.carried if self.is_sequence(node.axis) else ():
-                    self.start_state(c.name)
-                self.recur(node)
-            elif isinstance(node, N.Segment):
-                self.segment(node)
-            elif isinstance(node, N.Attend):
-                self.attention(node)
-            elif not isinstance(node, N.Out) and not self.inline(
-                self.graph, node, self.users_in(self.graph)[node.id], kept
-            ):
-                self.assign(self.graph, node)
+            self.emit_node(node, kept)
+
+    def emit_node(self, node: N.AnyNode, kept: set[str]) -> None:
+        """A node's statements, unless they are there."""
+        if isinstance(node, N.Input | N.Param) or node.id in self.inside or node.id in self.emitted:
+            return
+        self.emitted.add(node.id)
+        if isinstance(node, N.Scan) and node.id in self.vectors:
+            form = self.vectors[node.id]
+            self.emitted |= {s.id for s in form.scans}
+            for id_ in (x for s in form.scans for x in s.operands()):
+                self.need(id_, kept)
+            for scan in form.scans:
+                self.start_state(scan.name)
+            self.own_scan(form)
+        elif isinstance(node, N.Scan):
+            self.start_state(node.name)
+            self.scan(node)
+        elif isinstance(node, N.Recur):
+            for c in node.carried if self.is_sequence(node.axis) else ():
+                self.start_state(c.name)
+            self.recur(node)
+        elif isinstance(node, N.Segment):
+            self.segment(node)
+        elif isinstance(node, N.Attend):
+            self.attention(node)
+        elif not isinstance(node, N.Out) and not self.inline(
+            self.graph, node, self.users_in(self.graph)[node.id], kept
+        ):
+            self.assign(self.graph, node)
+
+    def need(self, id_: str, kept: set[str]) -> None:
+        """Statements for a node and all that it is made of, as far as they are not there."""
+        if id_ not in self.emitted:
+            for a in self.graph[id_].operands():
+                self.need(a, kept)
+            self.emit_node(self.graph[id_], kept)
+            self.emitted.add(id_)
 
     def stored(self, node: N.Input) -> list[N.Scan]:
         """The scans that read an input as it is stored: kernels load any type."""
@@ -251,24 +278,36 @@ class Body(Loops):
         home = self.graph.axis[node.axis].space
         return (f"{self.chunks(node.within)}.inner" if node.within else self.seq(home)), home
 
-    def update(self, node: N.Scan) -> tuple[str, str] | None:
-        """Of a scan whose state is read after the update alone, the product and the sum that the update is."""
-        users = self.users_in(self.graph)
-        read = next((u for u in users[node.id] if isinstance(u, N.Out) and u.index == 0), None)
-        if node.i or node.j or node.algebra != "sum-product" or node.stop or node.add is None or read is None:
-            return None
-        outputs, product = [id_ for _, id_ in self.graph.outputs], read.id
-        if node.gates:
-            product = self.only_user(read.id, "*", node.gates[0].arg, outputs)
-        state = self.only_user(product, "+", node.add, outputs) if product else ""
-        return (product, state) if state else None
-
-    def only_user(self, id_: str, fn: str, other: str, outputs: list[str]) -> str:
-        """The one map that reads a value, if it is this function of it and that other one; else nothing."""
-        users = self.users_in(self.graph)[id_]
-        if len(users) != 1 or id_ in outputs or not isinstance(users[0], N.Map) or users[0].fn != fn:
-            return ""
-        return users[0].id if sorted(users[0].args) == sorted((id_, other)) else ""
+    def own_scan(self, form: VectorForm) -> None:
+        """A call of the entry point of scans that have kernels of their own."""
+        seq, home = self.along(form.scans[0])
+        axes = form.scans[0].batch
+        for scan in form.scans:
+            self.w(f"# {scan.name}: {self.lines.code(scan.span)}")
+        full = f"({', '.join([f'{seq}.rows', f'{seq}.tokens', *axes])})"
+        size = f"1, math.prod(({''.join(a + ', ' for a in axes)}))"
+        leaves = [f"lay({self.operand(x, form.scans[0], axes, home, '')}, {full}, 0)" for x in form.leaves]
+        starts = [f"{self.state_in(s, axes)}.reshape({seq}.count, {size})" for s in form.scans]
+        reads: list[str] = []
+        for scan in form.scans:
+            outs = self.outs(scan)
+            reads.append(self.updates[scan.id][1] if form.after else outs[0].id if 0 in outs else "")
+        states = [identifier(s.name) for s in form.scans]
+        befores = [self.fresh(s if form.after else f"{s}_before") for s in states]
+        lasts = [self.fresh(f"{s}_last") for s in states]
+        types = {self.read_type(s, read) for s, read in zip(form.scans, reads)}
+        self.w(f"{', '.join([*befores, *lasts])} = scans.{form.name}_scan(")
+        for line in [seq, *leaves, *starts, "given" if types == {"given"} else "ct", *form.numbers]:
+            self.w(f"    {line},")
+        self.w(f")  # {self.lines.place(form.scans[0].span)}")
+        for scan, read, before, last, start in zip(form.scans, reads, befores, lasts, starts):
+            if scan.stop:
+                self.w(f"{before}, {last} = stopped({seq}, {before}, {last}, {start})")
+            if read:
+                self.w(f"{before} = {before}.reshape({', '.join([f'{seq}.rows', f'{seq}.tokens', *axes])})")
+                self.names[read] = before
+            final = f"{last}.reshape({', '.join([f'{seq}.count', *axes])})"
+            self.scan_out(scan, final, axes, self.outs(scan).get(1))
 
     def vector_scan(self, node: N.Scan, axes: tuple[str, ...], initial: str) -> None:
         seq, home = self.along(node)

@@ -14,8 +14,10 @@ from chunkc.backends.operations import operations
 from chunkc.backends.scan import scan_form
 from chunkc.backends.torch.pairs import attentions
 from chunkc.backends.torch.scan import emit_scan
+from chunkc.backends.torch.vector import emit_vector_scan
 from chunkc.backends.triton.emit import emit_kernels, prefix_of
 from chunkc.backends.unit import UnitEmitter
+from chunkc.backends.vector import vector_forms
 from chunkc.backends.writer import MODULE_NAMES, Lines, Writer, identifier, public
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Number, Size
@@ -89,9 +91,15 @@ def _torch(units: tuple[Unit, ...], lines: Lines, tiles: Tiles) -> str:
     w("from __future__ import annotations")
     w()
     forms = [(u, s) for u in units for s in matrix_scans(u.graph)]
+    vectors = [(u, form) for u in units for form in vector_forms(u, prefix_of(u, units))]
     functions = [t for u in units for each in tiles[u.name].values() for t in each]
-    words = set(re.findall(r"\w+", "".join(t.text for t in functions)))
-    if forms or functions:
+    vector = Writer()
+    for unit, form in vectors:
+        vector()
+        vector()
+        emit_vector_scan(form, unit, lines, vector)
+    words = set(re.findall(r"\w+", "".join(t.text for t in functions) + vector.text()))
+    if forms or functions or vectors:
         w("from typing import Any")
         w()
         w("import torch")
@@ -120,15 +128,17 @@ def _torch(units: tuple[Unit, ...], lines: Lines, tiles: Tiles) -> str:
             "upto",
         ]
     if used:
-        w(f"from ._runtime import {', '.join(sorted(used))}")
+        w(f"from ._runtime import {', '.join(sorted(set(used)))}")
     w()
     names = [f"{scan_form(s, _axes(u.graph), prefix_of(u, units)).name}_scan" for u, s in forms]
+    names += [f"{form.name}_scan" for _, form in vectors]
     listed = sorted(["max_plus_scan", "vector_scan", *names])
     w(f"__all__ = [{', '.join(repr(n) for n in listed)}]".replace("'", '"'))
     for unit, scan in forms:
         w()
         w()
         emit_scan(scan_form(scan, _axes(unit.graph), prefix_of(unit, units)), lines, w)
+    w.lines += vector.lines
     for tile in functions:
         w()
         w()

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from chunkc.ir.graph import Graph
 from chunkc.ir.verify import VerifyError, verify
+from chunkc.passes.absorb import Absorb
 from chunkc.passes.chunk import Chunk
 from chunkc.passes.differentiate import Differentiate
 from chunkc.passes.fuse import Fuse
@@ -36,7 +37,8 @@ PASSES: tuple[Pass, ...] = (
     Differentiate(),  # at this level, so that the chunk form of a gradient is derived as that of a scan is
     Stream(),  # one token: the normal form cut open, without tiles
     Chunk(),  # after gradients, both ways at once
-    Fuse(),  # last: which parts of the chunk form are one kernel
+    Fuse(),  # which parts of the chunk form are one kernel
+    Absorb(),  # last: what around a scan is done in its kernels
 )
 
 

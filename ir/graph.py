@@ -152,7 +152,7 @@ class Module(Frozen):
     units: tuple[Unit, ...]
 
 
-for _model in (N.Param, N.Recur, N.Scan, N.Source, N.Attend, T.Halving, T.Kernel):
+for _model in (N.Param, N.Recur, N.Prologue, N.Scan, N.Source, N.Attend, T.Halving, T.Kernel):
     _model.model_rebuild(_types_namespace={"Graph": Graph})
 Graph.model_rebuild()
 

@@ -304,6 +304,21 @@ class Query(Frozen):
     arg: str
 
 
+class Prologue(Frozen):
+    """Elementwise work by which a scan's operands are made of `leaves`, values over the scan's axis and the state's
+    axes: kernels do it where they load.
+
+    `values` has an input a leaf, and an output an operand; `gradients` an input a leaf and one an operand's gradient,
+    and an output a leaf's."""
+
+    leaves: tuple[str, ...]
+    values: Graph
+    gradients: Graph
+
+    def regions(self) -> dict[str, Graph]:
+        return {"values": self.values, "gradients": self.gradients}
+
+
 REGIONS = ("backward", "step", "tiles", "tiles_backward", "kernels", "kernels_backward", "kernel_step")
 
 
@@ -321,7 +336,8 @@ class Scan(Node):
 
     Passes derive from it, each as a graph of its own whose inputs are the scan's `arguments` by position: `backward`,
     its gradient; `step`, one token; `tiles` and `tiles_backward`, the chunk form of the scan and of its gradient;
-    `kernels`, `kernels_backward` and `kernel_step`, the launches for these.
+    `kernels`, `kernels_backward` and `kernel_step`, the launches for these. `prologue` is work around it that it does
+    itself; its operands stay what that work makes of its leaves.
     """
 
     kind: Literal["scan"] = "scan"
@@ -348,6 +364,7 @@ class Scan(Node):
     kernels: Graph | None = None
     kernels_backward: Graph | None = None
     kernel_step: Graph | None = None
+    prologue: Prologue | None = None
 
     def arguments(self) -> tuple[str, ...]:
         """The ids of its operands, one a slot: gates, each write's sides, the added value, queries."""
@@ -362,6 +379,7 @@ class Scan(Node):
     def operands(self) -> tuple[str, ...]:
         ids = [g.arg for g in self.gates] + [x for w in self.writes for x in (w.i, w.j)]
         ids += [q.arg for q in self.queries] + [x for x in (self.add, self.initial) if x]
+        ids += self.prologue.leaves if self.prologue is not None else ()
         return tuple(dict.fromkeys(ids))
 
     def renamed(self, names: dict[str, str]) -> Node:
@@ -374,6 +392,8 @@ class Scan(Node):
             queries=tuple(q.evolve(arg=new(q.arg)) for q in self.queries),
             add=new(self.add),
             initial=new(self.initial),
+            prologue=self.prologue
+            and self.prologue.evolve(leaves=tuple(names.get(x, x) for x in self.prologue.leaves)),
         )
 
     def result_axes(self, index: int) -> tuple[str, ...]:

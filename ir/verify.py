@@ -131,6 +131,8 @@ def _regions(region: Region) -> Iterator[Region]:
         elif isinstance(node, N.Scan):  # what passes derive from a scan is each at its own level
             for name, graph in node.regions().items():
                 yield Region(graph, graph.level, f"{path}{name}/", scan=node)
+            for name, graph in node.prologue.regions().items() if node.prologue is not None else ():
+                yield Region(graph, graph.level, f"{path}prologue/{name}/")
 
 
 def _scans(region: Region) -> list[N.Scan]:
@@ -495,6 +497,22 @@ def scan_regions(r: Region) -> Found:
             yield node.id, f"its backward has {len(node.backward.outputs)} gradients for {count} operands"
 
 
+def scan_prologues(r: Region) -> Found:
+    """A prologue takes its leaves and makes all operands; each leaf has one gradient. Leaves are laid out as the state
+    is, token by token."""
+    for node in _scans(r):
+        if node.prologue is None:
+            continue
+        leaves, made = node.prologue.leaves, tuple(graph.outputs for graph in node.prologue.regions().values())
+        inputs = [len(graph.of_kind(N.Input)) for graph in node.prologue.regions().values()]
+        count = len(node.arguments())
+        if inputs != [len(leaves), len(leaves) + count] or [len(m) for m in made] != [count, len(leaves)]:
+            yield node.id, f"its prologue does not make {count} operands of {len(leaves)} leaves"
+        for leaf in leaves:
+            if not set(r.axes(leaf)) <= {node.axis, *node.batch, *node.i, *node.j}:
+                yield node.id, f"a leaf of its prologue, '{leaf}', is over {_shown(r.axes(leaf))}"
+
+
 def gate_gradients(r: Region) -> Found:
     """A gate's gradient is of a gate that there is, from a scan and a reversed scan over the same state."""
     for node in r.graph.of_kind(N.GateGradient):
@@ -528,6 +546,7 @@ RULES: dict[Level, tuple[Rule, ...]] = {
         scan_gates,
         scan_writes,
         scan_queries,
+        scan_prologues,
         scan_vector,
         scan_regions,
         gate_gradients,

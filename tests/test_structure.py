@@ -22,7 +22,7 @@ from chunkc.backends.triton.emit import kernels_of, launches, spans_of
 from chunkc.backends.triton.kernel import Expr, Kernel, Let, Loop, Store, call, where
 from chunkc.backends.triton.schedule import SIDES
 from chunkc.backends.triton.tables import default_schedule
-from chunkc.backends.triton.vector import vector_kernels
+from chunkc.backends.triton.vector import plain_kernels
 from chunkc.backends.writer import Lines, Writer
 from chunkc.driver import compile_source
 from chunkc.ir import nodes as N
@@ -30,7 +30,7 @@ from chunkc.ir.diagnostics import SourceFile
 
 SHIPPED = RECURRENCES
 TEXTS = {**SHIPPED, **cases.OPS}
-VECTOR = {k.name: k for k in vector_kernels()}
+VECTOR = {k.name: k for k in plain_kernels()}
 WALKED = (("C", 32),)  # tokens of their tiles, as `_kernels.py` has it
 
 

@@ -21,6 +21,7 @@ from chunkc.backends.triton.tables import FEW, NARROW, SAFE, default_schedule
 from chunkc.backends.triton.token import call_kernel, emit_call, emit_step, step_kernel
 from chunkc.backends.triton.verify import verify_kernel
 from chunkc.backends.triton.walks import emit_vector
+from chunkc.backends.vector import vector_forms
 from chunkc.backends.writer import Lines, Writer, identifier
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
@@ -139,7 +140,11 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
         w("import math")
     if attends:
         w("from functools import partial")
-    w("from typing import Any")
+    if any(not (s.i or s.j) for u in units for s in u.graph.of_kind(N.Scan)):
+        w("from collections.abc import Sequence")
+        w("from typing import Any, NamedTuple")
+    else:
+        w("from typing import Any")
     w()
     w("import torch")
     w("import triton")
@@ -148,7 +153,7 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     w()
     w("from . import _runtime")
     if any(not (s.i or s.j) for u in units for s in u.graph.of_kind(N.Scan)):
-        w("from . import _elementwise")
+        w("from . import _elementwise, _torch")
     if attends:
         w("from ._attend import Attention, Kernels, attend")
     head = len(w.lines)
@@ -160,7 +165,7 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     _settings(w)
     scans = [(u, s) for u in units for s in u.graph.of_kind(N.Scan)]
     if any(not (s.i or s.j) for _, s in scans):
-        emit_vector(w)
+        emit_vector([f for u in units for f in vector_forms(u, prefix_of(u, units))], lines, w)
     forms = [(u, _form(u, s, prefix_of(u, units))) for u, s in scans if s.i or s.j]
     made = [(form, kernels_of(form, lines, spans_of(unit, lines))) for unit, form in forms]
     if made:

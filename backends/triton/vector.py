@@ -2,15 +2,22 @@
 
 A program walks along a sequence, or a segment of one, with the states of a block of channels in
 registers. Its loop over whole tiles has no masks over tokens: they would cost more than the scan.
+Operands are made of the leaves that are loaded, and the leaves' gradients of the operands'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from chunkc.backends.triton.kernel import Builder, Expr, Kernel, Value, call, lift, maximum, where
+from chunkc.backends.triton.pairs import FUNCTIONS
+from chunkc.backends.vector import PLAIN, State, VectorForm
+from chunkc.ir import nodes as N
+from chunkc.ir.graph import Graph
 
 STAGES = 4  # tiles of which one is walked over while the others come from memory
+LONG = 60  # characters of an expression that becomes a statement
+Wanted = tuple[State, Graph, list[str]]  # values of a graph of a state's
 
 
 class _Walk:
@@ -18,8 +25,8 @@ class _Walk:
 
     `late`: how many tokens at the end of the walk have a neighbour that is not there; whole tiles end before them."""
 
-    def __init__(self, reverse: bool, tropical: bool, late: Expr) -> None:
-        self.reverse, self.tropical, self.ragged = reverse, tropical, False
+    def __init__(self, form: VectorForm, reverse: bool, tropical: bool, late: Expr) -> None:
+        self.form, self.reverse, self.tropical, self.ragged = form, reverse, tropical, False
         self.b = b = Builder()
         self.part = b.let("part", call("tl.program_id", 0).to("tl.int64"))
         self.row = b.let("row", call("tl.arange", 0, "C"))
@@ -66,111 +73,226 @@ class _Walk:
         base = Expr("base") if ahead == 0 else Expr("base") - by if self.reverse else Expr("base") + by
         return Expr(f"{name}_ptr") + base + self.cell
 
-    def tile(self, name: str, ahead: Value = 0, other: str = "0.0") -> Expr:
-        loaded = call("tl.load", self.at(name, ahead), mask=self.mask(ahead).text(), other=other)
+    def tile(self, name: str, ahead: Value = 0) -> Expr:
+        loaded = call("tl.load", self.at(name, ahead), mask=self.mask(ahead).text(), other="0.0")
         return self.b.let(name, loaded.to("tl.float32"))
 
-    def operands(self, added: str, ahead: Value = 0) -> tuple[Expr, Expr]:
-        """The gate and what is added, where there is no token such that the state stays."""
-        idle = ("0.0", 'float("-inf")') if self.tropical else ("1.0", "0.0")
-        if not self.ragged:
-            idle = ("0.0", "0.0")
-        return self.tile("a", other=idle[0]), self.tile(added, ahead, idle[1])
+    def idle(self, x: Expr, value: Value) -> Expr:
+        """An operand; where there is no token such that the state stays."""
+        return where(self.mask(), x, value) if self.ragged else x
 
-    def walk(self, a: Expr, x: Expr) -> Expr:
+    # -- operands ------------------------------------------------------------------------------------------------------
+
+    def leaves(self, graphs: Iterable[Wanted], load: Callable[[str], Expr]) -> dict[str, Expr]:
+        """The leaves, loaded, that values of graphs are made of."""
+        found: dict[str, Expr] = {}
+        for state, graph, wanted in graphs:
+            reached = graph.reachable(wanted)
+            for name, node in zip(state.leaves, graph.of_kind(N.Input)):
+                if node.id in reached and name not in found:
+                    found[name] = load(name)
+        return found
+
+    def operands(self, gates: bool, added: bool) -> list[tuple[Expr, Expr]]:
+        """Each state's gate and what is added to it, as far as they are wanted, made of leaves at this token."""
+        graphs = [(s, s.prologue.values, [x for x in (s.gate if gates else None, s.add if added else None) if x])
+                  for s in self.form.states]  # fmt: skip
+        work = _Work(self.b, self.form, self.leaves(graphs, self.tile))
+        out = []
+        for state, graph, wanted in graphs:
+            made = work.values(state, graph, wanted)
+            whole = [self.whole(x, graph, made) if x in wanted else self.constant(idle)
+                     for x, idle in ((state.gate, 1.0), (state.add, 0.0))]  # fmt: skip
+            stays = (lift(0.0), lift('float("-inf")')) if self.tropical else (lift(1.0), lift(0.0))
+            pair = [self.named(state.name(role), self.idle(x, stay)) if asked else x
+                    for role, x, stay, asked in zip(("gate", "add"), whole, stays, (gates, added))]  # fmt: skip
+            out.append((pair[0], pair[1]))
+        return out
+
+    def named(self, name: str, x: Expr) -> Expr:
+        return self.b.let(name, x) if x.args else x
+
+    def constant(self, value: Value) -> Expr:
+        return call("tl.zeros", "(C, BD)", "tl.float32") + value
+
+    def whole(self, id_: str | None, graph: Graph, made: dict[str, Expr]) -> Expr:
+        assert id_ is not None
+        return self.constant(made[id_]) if isinstance(graph[id_], N.Const) else made[id_]
+
+    def flows(self, leaves: Callable[[str], Expr], d_gates: list[Expr], d_adds: list[Expr],
+              prefix: str = "") -> dict[str, Expr]:  # fmt: skip
+        """The leaves' gradients, by name, from those of each state's gate and added value."""
+        graphs = [(s, s.prologue.gradients, [id_ for _, id_ in s.prologue.gradients.outputs]) for s in self.form.states]
+        work, total = _Work(self.b, self.form, self.leaves(graphs, leaves), prefix), dict[str, Expr]()
+        for (state, graph, wanted), d_gate, d_add in zip(graphs, d_gates, d_adds):
+            given = iter([d_gate] * (state.gate is not None) + [d_add] * (state.add is not None))
+            flow = {n.id: next(given) for n in graph.of_kind(N.Input)[len(state.leaves) :]}
+            made = work.values(state, graph, wanted, flow)
+            for name, id_ in zip(state.leaves, wanted):
+                total[name] = total[name] + made[id_] if name in total else made[id_]
+        return total
+
+    # -- the walk ------------------------------------------------------------------------------------------------------
+
+    def walk(self, state: State, a: Expr, x: Expr) -> Expr:
         """h after each row; the state is the last one."""
-        after = self.b.let("after", call("walk_max" if self.tropical else "walk", a, x, "state", self.row))
-        self.b.let("state", call("tl.sum", where(self.row.same(Expr("C") - 1).rows, after, 0.0), 0))
+        step = "walk_max" if self.tropical else "walk"
+        after = self.b.let(state.name("after"), call(step, a, x, state.name("state"), self.row))
+        last = call("tl.sum", where(self.row.same(Expr("C") - 1).rows, after, 0.0), 0)
+        self.b.let(state.name("state"), last)
         return after
 
-    def kernel(self, name: str, doc: str, arguments: str) -> Kernel:
-        pointers = tuple(f"{a}_ptr" for a in [*arguments.split(), "bounds"])
-        return Kernel(name, doc, pointers, tuple(self.b.body), warps=1, ends=(("row", "length"),))
+    def kernel(self, name: str, doc: str, *roles: str) -> Kernel:
+        leaves = list(self.form.leaves.values())
+        named = {"leaves": leaves, "d_leaves": [f"d_{x}" for x in leaves]}
+        arguments = [*leaves, *(x for r in roles for x in named.get(r) or self.form.names(r)), "bounds"]
+        return Kernel(name, doc, tuple(f"{a}_ptr" for a in arguments), tuple(self.b.body), warps=1,
+                      sizes=tuple(self.form.numbers.values()), ends=(("row", "length"),))  # fmt: skip
 
 
-def vector_kernels() -> list[Kernel]:
-    """All kernels of elementwise scans."""
-    plain, tropical = (False, False), (False, True)
-    scans = [vector_kernel(*plain), vector_kernel(True, False), vector_kernel(*tropical)]
-    return [*scans, backward_kernel(), totals_kernel(*plain), totals_kernel(True, False), totals_kernel(*tropical)]
+class _Work:
+    """Elementwise work as statements; what two states make alike is made once."""
+
+    def __init__(self, b: Builder, form: VectorForm, leaves: dict[str, Expr], prefix: str = "") -> None:
+        self.b, self.form, self.loaded, self.prefix = b, form, leaves, prefix
+        self.known: dict[Expr, Expr] = {}
+
+    def values(self, state: State, graph: Graph, wanted: Iterable[str],
+               more: dict[str, Expr] | None = None) -> dict[str, Expr]:  # fmt: skip
+        """The nodes of a graph that some are made of; `more` are inputs behind the leaves."""
+        found = dict(more or {})
+        found |= {n.id: self.loaded[x] for x, n in zip(state.leaves, graph.of_kind(N.Input)) if x in self.loaded}
+        reached, uses = graph.reachable(wanted), graph.users()
+        for node in graph.nodes:
+            if node.id not in reached or node.id in found:
+                continue
+            if isinstance(node, N.Const):
+                found[node.id] = lift(self.form.number(node))
+                continue
+            assert isinstance(node, N.Map), "a prologue is elementwise"
+            value = self.map(node, [found[a] for a in node.args])
+            often = sum(u.id in reached for u in uses[node.id]) > 1 or len(value.text()) > LONG
+            if often and value not in self.known:
+                self.known[value] = self.b.let(f"{self.prefix}x_{len(self.known)}", value)
+            found[node.id] = self.known.get(value, value)
+        return found
+
+    def map(self, node: N.Map, args: list[Expr]) -> Expr:
+        if node.fn not in ("min", "max"):
+            return FUNCTIONS[node.fn](*args)
+        out = args[0]
+        for x in args[1:]:
+            out = call(f"tl.{node.fn}imum", out, x)
+        return out
 
 
-def vector_kernel(reverse: bool, tropical: bool) -> Kernel:
+def plain_kernels() -> list[Kernel]:
+    """Of h = a * h + b, and of h = max(a + h, b), for tensors a and b."""
+    scans = [walk_kernel(PLAIN), walk_kernel(PLAIN, reverse=True), walk_kernel(PLAIN, tropical=True)]
+    return [*scans, totals_kernel(PLAIN, True), totals_kernel(PLAIN), totals_kernel(PLAIN, tropical=True),
+            backward_kernel(PLAIN)]  # fmt: skip
+
+
+def own_kernels(form: VectorForm) -> list[Kernel]:
+    """Of scans with leaves of their own."""
+    return [walk_kernel(form), totals_kernel(form), backward_kernel(form), totals_kernel(form, True)]
+
+
+def walk_kernel(form: VectorForm, reverse: bool = False, tropical: bool = False) -> Kernel:
     """h = a * h + b, or h = max(a + h, b): h before or after each token, and the last one."""
     before = lift(1) - "AFTER"
-    w = _Walk(reverse, tropical, before)
-    state = w.vector("state", w.own("initial"), w.has)
-    w.b.store(Expr("out_ptr") + w.edge(), state, w.has & (Expr("0") < w.length * before))
+    w = _Walk(form, reverse, tropical, before)
+    edge = w.edge()
+    for s in form.states:
+        state = w.vector(s.name("state"), w.own(s.name("initial")), w.has)
+        w.b.store(Expr(f"{s.name('out')}_ptr") + edge, state, w.has & (Expr("0") < w.length * before))
 
     def tile() -> None:
-        after = w.walk(*w.operands("b"))
-        w.b.store(w.at("out", before), after, w.mask(before))
+        for s, (a, x) in zip(form.states, w.operands(True, True)):
+            after = w.walk(s, a, x)
+            w.b.store(w.at(s.name("out"), before), after, w.mask(before))
 
     w.loops(tile)
-    w.b.store(w.own("last"), state, w.has)
+    for s in form.states:
+        w.b.store(w.own(s.name("last")), Expr(s.name("state")), w.has)
     doc = "h = max(a + h, b)" if tropical else "h = a * h + b"
     doc += f"{' from the last token to the first' if reverse else ''}: h before each token, or after it."
-    name = "max_plus" if tropical else "vector_reverse" if reverse else "vector"
-    return w.kernel(name, doc, "a b initial out last")
+    name = "max_plus" if tropical else f"{form.name}_reverse" if reverse else form.name
+    return w.kernel(name if form is PLAIN else f"{form.name}_walk", doc, "initial", "out", "last")
 
 
-def _last_gradient(w: _Walk) -> tuple[Expr, Expr]:
-    """Where a walk backward starts, and the gradient of the last h but for what is read of it before the update."""
+def _last_gradients(w: _Walk) -> tuple[Expr, list[Expr]]:
+    """Where a walk backward starts, and the gradients of the last h but for what is read of it before the update."""
     edge = w.edge()
-    return edge, w.vector("read", Expr("g_ptr") + edge, w.has & (Expr("0") < w.length * "AFTER"))
+    mask = w.has & (Expr("0") < w.length * "AFTER")
+    return edge, [w.vector(s.name("read"), Expr(f"{s.name('g')}_ptr") + edge, mask) for s in w.form.states]
 
 
-def backward_kernel() -> Kernel:
-    """The gradients of h = a * h + b, where g are those of h before each token, or after it."""
-    w = _Walk(True, False, lift(1) + "AFTER")
+def backward_kernel(form: VectorForm) -> Kernel:
+    """The gradients of the leaves of h = a * h + b, where g are those of h before each token, or after it."""
+    w = _Walk(form, True, False, lift(1) + "AFTER")
     b, further = w.b, lift(1) + "AFTER"
-    initial = w.vector("initial", w.own("initial"), w.has)
-    edge, read = _last_gradient(w)
-    state = b.let("state", w.vector("d_last", w.own("d_last"), w.has) + read)
-    some = w.has & (Expr("0") < w.length)
-    further_back = lift("AFTER") < w.length
-    h = w.vector("h_before", Expr("h_ptr") + (edge - lift("AFTER") * "D"), w.has & further_back)
-    before = b.let("before", where(further_back, h, initial))
-    b.store(Expr("d_b_ptr") + edge, state, some)
-    b.store(Expr("d_a_ptr") + edge, state * before, some)
+    for s in form.states:
+        w.vector(s.name("initial"), w.own(s.name("initial")), w.has)
+    edge, reads = _last_gradients(w)
+    some, further_back = w.has & (Expr("0") < w.length), lift("AFTER") < w.length
+    befores = []
+    for s, read in zip(form.states, reads):
+        b.let(s.name("state"), w.vector(s.name("d_last"), w.own(s.name("d_last")), w.has) + read)
+        pointer = Expr(f"{s.name('h')}_ptr") + (edge - lift("AFTER") * "D")
+        h = w.vector(s.name("h_before"), pointer, w.has & further_back)
+        befores.append(b.let(s.name("before"), where(further_back, h, s.name("initial"))))
+    states = [Expr(s.name("state")) for s in form.states]
+    d_gates = [x * h for x, h in zip(states, befores)]
+    leaf = lambda n: w.vector(f"edge_{n}", Expr(f"{n}_ptr") + edge, some)  # noqa: E731
+    for name, flow in w.flows(leaf, d_gates, states, "edge_").items():
+        b.store(Expr(f"d_{name}_ptr") + edge, flow, some)
 
     def tile() -> None:
-        a, g = w.operands("g", "AFTER")
-        h = w.tile("h", further)
-        if w.ragged:
-            first = (Expr("place") + further).same(w.length)
-            h = b.let("h", where(first.rows, initial.cols, h))
-        after = w.walk(a, g)
-        b.store(w.at("d_b", 1), after, w.mask(1))
-        b.store(w.at("d_a", 1), after * h, w.mask(1))
+        gates = [a for a, _ in w.operands(True, False)]
+        afters, d_gates = [], []
+        for s, a in zip(form.states, gates):
+            g = w.tile(s.name("g"), "AFTER")
+            h = w.tile(s.name("h"), further)
+            if w.ragged:
+                first = (Expr("place") + further).same(w.length)
+                h = b.let(s.name("h"), where(first.rows, Expr(s.name("initial")).cols, h))
+            afters.append(w.walk(s, a, g))
+            d_gates.append(afters[-1] * h)
+        for name, flow in w.flows(lambda n: w.tile(n, 1), d_gates, afters).items():
+            b.store(w.at(f"d_{name}", 1), flow, w.mask(1))
 
     w.loops(tile)
-    b.store(w.own("d_initial"), state, w.has)
+    for s in form.states:
+        b.store(w.own(s.name("d_initial")), Expr(s.name("state")), w.has)
     doc = "The gradients of h = a * h + b: g are those of h before each token, or after it, as h is."
-    return w.kernel("vector_backward", doc, "a g h initial d_last d_a d_b d_initial")
+    return w.kernel(f"{form.name}_backward", doc, "g", "h", "initial", "d_last", "d_leaves", "d_initial")
 
 
-def totals_kernel(reverse: bool, tropical: bool) -> Kernel:
+def totals_kernel(form: VectorForm, reverse: bool = False, tropical: bool = False) -> Kernel:
     """What a segment does to the state that it is entered with: times `decay` (plus, in max-plus), then `total`."""
-    w = _Walk(reverse, tropical, lift(1) + "AFTER" if reverse else lift(1) - "AFTER")
+    w = _Walk(form, reverse, tropical, lift(1) + "AFTER" if reverse else lift(1) - "AFTER")
     b = w.b
     b.note("in float32, products of equal decays would all err alike, which adds up over the segments")
-    decay = b.let("decay", call("tl.zeros", "(BD,)", "tl.float64") + (0.0 if tropical else 1.0))
-    if reverse:
-        b.let("state", _last_gradient(w)[1])
-    else:
-        b.let("state", call("tl.zeros", "(BD,)", "tl.float32") + (lift('float("-inf")') if tropical else 0.0))
+    for s in form.states:
+        b.let(s.name("decay"), call("tl.zeros", "(BD,)", "tl.float64") + (0.0 if tropical else 1.0))
+    reads = _last_gradients(w)[1] if reverse else []
+    for k, s in enumerate(form.states):
+        nothing = call("tl.zeros", "(BD,)", "tl.float32") + (lift('float("-inf")') if tropical else 0.0)
+        b.let(s.name("state"), reads[k] if reverse else nothing)
 
     def tile() -> None:
-        a, x = w.operands("g", "AFTER") if reverse else w.operands("b")
-        w.walk(a, x)
-        wide = a.to("tl.float64")
-        b.let("decay", decay + call("tl.sum", wide, 0) if tropical else decay * call("product", wide))
+        for s, (a, x) in zip(form.states, w.operands(True, not reverse)):
+            x = w.tile(s.name("g"), "AFTER") if reverse else x
+            w.walk(s, a, x)
+            wide, decay = a.to("tl.float64"), Expr(s.name("decay"))
+            b.let(decay.op, decay + call("tl.sum", wide, 0) if tropical else decay * call("product", wide))
 
     w.loops(tile)
-    b.store(w.own("decay"), decay, w.has)
-    b.store(w.own("total"), Expr("state"), w.has)
-    name = "max_plus_totals" if tropical else "vector_totals_reverse" if reverse else "vector_totals"
+    for s in form.states:
+        b.store(w.own(s.name("decay")), Expr(s.name("decay")), w.has)
+        b.store(w.own(s.name("total")), Expr(s.name("state")), w.has)
+    name = "max_plus_totals" if tropical else f"{form.name}_totals_reverse" if reverse else f"{form.name}_totals"
     doc = "What a segment does to the state before it: h = max(decay + h, total)." if tropical else (
         "What a segment does to the state before it: h = decay * h + total.")  # fmt: skip
-    return w.kernel(name, doc, f"a {'g' if reverse else 'b'} decay total")
+    return w.kernel(name, doc, *(["g"] if reverse else []), "decay", "total")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from chunkc.backends.triton.vector import vector_kernels
-from chunkc.backends.writer import Writer
+from chunkc.backends.triton.kernel import Kernel
+from chunkc.backends.triton.vector import own_kernels, plain_kernels
+from chunkc.backends.triton.verify import verify_kernel
+from chunkc.backends.vector import VectorForm
+from chunkc.backends.writer import Lines, Writer
 
 HELPERS = '''
 CHANNELS = 64  # of a program that walks along a sequence: a warp
@@ -57,72 +60,93 @@ def tile_of(seq: Sequences) -> int:
     return SHORT if seq.most <= 4 * SHORT else WALKED
 
 
+class Walks(NamedTuple):
+    """The kernels of scans that are walked over together, the numbers that they take, and whether h is read after the
+    update. Operands are made of leaves inside of them."""
+
+    walk: Any
+    totals: Any
+    backward: Any
+    totals_reverse: Any
+    after: bool
+    numbers: dict[str, float] = {}
+
+
 def entered(
-    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, walk: Any, totals: Any, after: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    seq: Sequences, operands: Sequence[Tensor], starts: Sequence[Tensor], totals: Any, step: Any, walks: Walks
+) -> tuple[Tensor, list[Tensor], list[Tensor] | None]:
     """The tokens between which programs walk, the states that they start with, and the last ones if they are known.
 
     Whether a sequence is cut depends on the number of channels, not on that of tokens: a longer one begins alike."""
-    size = a.shape[2] * a.shape[3]
+    size = operands[0].shape[2] * operands[0].shape[3]
     blocks = triton.cdiv(size, CHANNELS)
     if seq.count * blocks >= FEW or seq.most <= SEGMENT:
-        return seq.offsets, initial, None
+        return seq.offsets, list(starts), None
     bounds, cut = seq.segments(SEGMENT)
-    decay = torch.empty((bounds.numel() - 1, size), dtype=torch.float32, device=a.device)
-    total, states, last = torch.empty_like(decay), torch.empty_like(decay), torch.empty_like(initial)
+    decays = [torch.empty((bounds.numel() - 1, size), dtype=torch.float32, device=x.device) for x in starts]
+    sums, states = [torch.empty_like(x) for x in decays], [torch.empty_like(x) for x in decays]
+    lasts = [torch.empty_like(x) for x in starts]
     if seq.count:
-        totals[(decay.shape[0], blocks)](
-            a, b, decay, total, bounds, D=size, C=WALKED, BD=CHANNELS, AFTER=int(after), num_warps=1,
+        totals[(bounds.numel() - 1, blocks)](
+            *operands, *decays, *sums, bounds,
+            **walks.numbers, D=size, C=WALKED, BD=CHANNELS, AFTER=int(walks.after), num_warps=1,
         )
-        walk[(seq.count, blocks)](
-            decay, total, initial, states, last, cut, D=size, C=WALKED, BD=CHANNELS, AFTER=0, num_warps=1,
-        )
-    return bounds, states, last
+        for decay, total, start, state, last in zip(decays, sums, starts, states, lasts):
+            step[(seq.count, blocks)](
+                decay, total, start, state, last, cut, D=size, C=WALKED, BD=CHANNELS, AFTER=0, num_warps=1,
+            )
+    return bounds, states, lasts
 
 
 def walked(
-    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, out: Tensor, walk: Any, totals: Any, after: bool
-) -> tuple[Tensor, Tensor]:
-    """Fill `out`; the states that programs start with, and the last states."""
-    bounds, states, last = entered(seq, a, b, initial, walk, totals, after)
-    size, ends = a.shape[2] * a.shape[3], torch.empty_like(states)
+    seq: Sequences, leaves: Sequence[Tensor], starts: Sequence[Tensor], outs: Sequence[Tensor], step: Any, walks: Walks,
+    read: Sequence[Tensor] = (),
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Fill `outs`; the states that programs start with, and the last states. `read`: what totals take behind leaves."""
+    bounds, states, lasts = entered(seq, (*leaves, *read), starts, walks.totals, step, walks)
+    size, ends = leaves[0].shape[2] * leaves[0].shape[3], [torch.empty_like(x) for x in states]
     if seq.count:
-        walk[(bounds.numel() - 1, triton.cdiv(size, CHANNELS))](
-            a, b, states, out, ends, bounds, D=size, C=tile_of(seq), BD=CHANNELS, AFTER=int(after), num_warps=1,
+        walks.walk[(bounds.numel() - 1, triton.cdiv(size, CHANNELS))](
+            *leaves, *states, *outs, *ends, bounds,
+            **walks.numbers, D=size, C=tile_of(seq), BD=CHANNELS, AFTER=int(walks.after), num_warps=1,
         )
-    return states, ends if last is None else last
+    return states, ends if lasts is None else lasts
 
 
 class Vector(torch.autograd.Function):
-    """h = a * h + b for each channel: h before each token, or after it [B, T, H, D], and the last h [N, H, D]."""
+    """h = a * h + b for each channel: h before each token, or after it [B, T, H, D], and the last h [N, H, D], of each
+    of some scans; `tensors` are the leaves [B, T, H, D] that their operands are made of, and then their initial h."""
 
     @staticmethod
-    def forward(
-        ctx: Any, seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, after: bool, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        a, b, initial = a.contiguous(), b.contiguous(), initial.contiguous()
-        out = torch.empty_like(b, dtype=dtype)
-        states, last = walked(seq, a, b, initial, out, vector, vector_totals, after)
-        ctx.seq, ctx.after, ctx.added = seq, after, b.dtype
-        ctx.save_for_backward(a, out, states)
-        return out, last
+    def forward(ctx: Any, seq: Sequences, walks: Walks, dtype: torch.dtype, count: int, *tensors: Tensor) -> Any:
+        leaves = [x.contiguous() for x in tensors[: len(tensors) - count]]
+        starts = [x.contiguous() for x in tensors[len(tensors) - count :]]
+        outs = [torch.empty_like(leaves[0], dtype=dtype) for _ in starts]
+        states, lasts = walked(seq, leaves, starts, outs, vector, walks)
+        ctx.seq, ctx.walks, ctx.count = seq, walks, count
+        ctx.save_for_backward(*leaves, *outs, *states)
+        return (*outs, *lasts)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         once()
-        (a, out, states), seq = ctx.saved_tensors, ctx.seq
-        d_out, d_last = d_out.contiguous(), d_last.contiguous()
-        bounds, ends, d_initial = entered(
-            seq, a, d_out, d_last, vector_reverse, vector_totals_reverse, ctx.after
+        seq, walks, count, kept = ctx.seq, ctx.walks, ctx.count, ctx.saved_tensors
+        leaves, outs, states = kept[: -2 * count], kept[-2 * count : -count], kept[-count:]
+        d_outs, d_lasts = [x.contiguous() for x in grads[:count]], [x.contiguous() for x in grads[count:]]
+        bounds, ends, d_starts = entered(
+            seq, (*leaves, *d_outs), d_lasts, walks.totals_reverse, vector_reverse, walks
         )
-        d_a, d_b, d_states = torch.empty_like(a), torch.empty_like(a, dtype=ctx.added), torch.empty_like(ends)
-        size = a.shape[2] * a.shape[3]
+        d_leaves, d_states = [torch.empty_like(x) for x in leaves], [torch.empty_like(x) for x in ends]
+        size = leaves[0].shape[2] * leaves[0].shape[3]
         if seq.count:
-            vector_backward[(bounds.numel() - 1, triton.cdiv(size, CHANNELS))](
-                a, d_out, out, states, ends, d_a, d_b, d_states, bounds,
-                D=size, C=tile_of(seq), BD=CHANNELS, AFTER=int(ctx.after), num_warps=1,
+            walks.backward[(bounds.numel() - 1, triton.cdiv(size, CHANNELS))](
+                *leaves, *d_outs, *outs, *states, *ends, *d_leaves, *d_states, bounds,
+                **walks.numbers, D=size, C=tile_of(seq), BD=CHANNELS, AFTER=int(walks.after), num_warps=1,
             )
-        return None, d_a, d_b, d_states if d_initial is None else d_initial, None, None
+        return (None, None, None, None, *d_leaves, *(d_states if d_starts is None else d_starts))
+
+
+PLAIN = Walks(vector, vector_totals, vector_backward, vector_totals_reverse, False)
 
 
 def vector_scan(
@@ -132,9 +156,8 @@ def vector_scan(
     the result is given in `dtype`, else in the wider type of theirs."""
     if seq.one_token:
         return _elementwise.vector_scan(seq, a, b, initial, after, dtype)
-    result: tuple[Tensor, Tensor] = Vector.apply(
-        seq, a, b, initial, after, torch.promote_types(a.dtype, b.dtype) if dtype is None else dtype
-    )
+    dtype = torch.promote_types(a.dtype, b.dtype) if dtype is None else dtype
+    result: tuple[Tensor, Tensor] = Vector.apply(seq, PLAIN._replace(after=after), dtype, 1, a, b, initial)
     return result
 
 
@@ -143,8 +166,9 @@ def launched(
 ) -> tuple[Tensor, Tensor]:
     """For `max_plus_scan` of `_elementwise`: the scan, and the sum from the end (`reverse`) that its gradient is."""
     a, b, initial, out = a.contiguous(), b.contiguous(), initial.contiguous(), torch.empty_like(b)
-    walk, totals = (max_plus, max_plus_totals) if tropical else (vector_reverse, vector_totals_reverse)
-    _, last = walked(seq, a, b, initial, out, walk, totals, False)
+    step, totals = (max_plus, max_plus_totals) if tropical else (vector_reverse, vector_totals_reverse)
+    walks = Walks(step, totals, None, None, False)
+    _, (last,) = walked(seq, [a, b], [initial], [out], step, walks, [] if tropical else [b])
     return out, last
 
 
@@ -153,14 +177,41 @@ def max_plus_scan(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor) -> tupl
 '''
 
 
-def emit_vector(w: Writer) -> None:
-    """What all elementwise scans of a package share."""
+def emit_vector(forms: list[VectorForm], lines: Lines, w: Writer) -> None:
+    """What all elementwise scans of a package share, and the kernels of each."""
     _text(HELPERS, w)
-    for kernel in vector_kernels():
+    _kernels(plain_kernels(), w)
+    _text(LAUNCHES, w)
+    for form in forms:
+        _kernels(own_kernels(form), w)
+        _scan(form, lines, w)
+
+
+def _kernels(kernels: list[Kernel], w: Writer) -> None:
+    for kernel in kernels:
+        verify_kernel(kernel)
         w()
         w()
         kernel.print(w)
-    _text(LAUNCHES, w)
+
+
+def _scan(form: VectorForm, lines: Lines, w: Writer) -> None:
+    leaves, starts, numbers = list(form.leaves.values()), form.names("initial"), list(form.numbers.values())
+    tensors, given = [*leaves, *starts], ", ".join([*leaves, *starts, "dtype", *numbers])
+    w()
+    w()
+    w(f"def {form.name}_scan(")
+    typed = ", ".join([*(f"{n}: Tensor" for n in tensors), "dtype: torch.dtype", *(f"{n}: float" for n in numbers)])
+    w(f"    seq: Sequences, {typed},")
+    with w.indented(") -> tuple[Tensor, ...]:"):
+        w(f'"""{form.doc(lines)}"""')
+        with w.indented("if seq.one_token:"):
+            w(f"return _torch.{form.name}_scan(seq, {given})")
+        kernels = ", ".join(f"{form.name}_{k}" for k in ("walk", "totals", "backward", "totals_reverse"))
+        named = ", ".join(f'"{n}": {n}' for n in numbers)
+        w(f"walks = Walks({kernels}, {form.after}, {{{named}}})")
+        w(f"result: tuple[Tensor, ...] = Vector.apply(seq, walks, dtype, {len(starts)}, {', '.join(tensors)})")
+        w("return result")
 
 
 def _text(text: str, w: Writer) -> None:

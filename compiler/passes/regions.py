@@ -86,13 +86,13 @@ def result_names(scan: N.Scan, operands: tuple[str, ...]) -> list[str]:
 
 
 def renumbered(scan: N.Scan, operands: tuple[str, ...], initial: str) -> N.Scan:
-    """The scan over these operands, one a slot, without derived graphs."""
+    """The scan over these operands, one a slot, without derived graphs and without work around it."""
     given = iter(operands)
     gates = tuple(g.evolve(arg=next(given)) for g in scan.gates)
     writes = tuple(N.Write(i=next(given), j=next(given)) for _ in scan.writes)
     add = next(given) if scan.add is not None else None
     queries = tuple(q.evolve(arg=next(given)) for q in scan.queries)
-    bare = dict.fromkeys(scan.regions())
+    bare = dict.fromkeys([*scan.regions(), "prologue"])
     return scan.evolve(gates=gates, writes=writes, add=add, queries=queries, initial=initial, **bare)
 
 

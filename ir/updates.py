@@ -1,0 +1,41 @@
+"""What of a graph a back end leaves to a scan: the update that it reads, the work by which its operands are made."""
+
+from __future__ import annotations
+
+from chunkc.ir import nodes as N
+from chunkc.ir.graph import Graph
+
+
+def update_of(graph: Graph, scan: N.Scan) -> tuple[str, ...]:
+    """Of an elementwise scan whose state is read after the update alone: the product and the sum that the update is.
+
+    Of any other scan: nothing."""
+    users = graph.users()
+    read = next((u for u in users[scan.id] if isinstance(u, N.Out) and u.index == 0), None)
+    if scan.i or scan.j or scan.algebra != "sum-product" or scan.stop or scan.add is None or read is None:
+        return ()
+    outputs, product = {id_ for _, id_ in graph.outputs}, read.id
+
+    def only_user(id_: str, fn: str, other: str) -> str:
+        """The one map that reads a value, if it is this function of it and that other one; else nothing."""
+        found = users[id_]
+        if len(found) != 1 or id_ in outputs or not isinstance(found[0], N.Map) or found[0].fn != fn:
+            return ""
+        return found[0].id if sorted(found[0].args) == sorted((id_, other)) else ""
+
+    if scan.gates:
+        product = only_user(read.id, "*", scan.gates[0].arg)
+    state = only_user(product, "+", scan.add) if product else ""
+    return (product, state) if state else ()
+
+
+def absorbed(graph: Graph, scan: N.Scan, leaves: tuple[str, ...]) -> list[N.AnyNode]:
+    """The nodes between a scan's leaves and its operands, in the graph's order."""
+    found: set[str] = set()
+    stack = [x for x in scan.arguments() if x not in leaves]
+    while stack:
+        id_ = stack.pop()
+        if id_ not in found:
+            found.add(id_)
+            stack += [a for a in graph[id_].operands() if a not in leaves]
+    return [n for n in graph.nodes if n.id in found]
