@@ -169,6 +169,16 @@ OPS = {
   output c
 }
 """,
+    "two_vectors": """causal op two_vectors(heads: int, dk: int) {
+  axes { t: time, h = heads, i = dk }
+  input g[t, h, i] in [-inf, 0], k[t, h, i], v[t, h, i]
+  recurrence over t {
+    state a[h, i], b[h, i]
+    a = exp(g) * a + (1 - exp(g)) * tanh(k) * size(i)^-0.5
+    b = exp(g) * b + (1 - exp(g)) * max(v, k)
+  }
+  output a, b
+}""",
     "max_plus": """causal op max_plus(heads: int) {
   axes { t: time, h = heads }
   input f[t, h], g[t, h]

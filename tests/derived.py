@@ -73,9 +73,9 @@ class Scan:
 
 
 def outputs(graph: Graph, tensors: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
-    """The graph's outputs by name."""
+    """The graph's outputs by name; of parameters, numbers may be of `dk`."""
     lengths = {a.name: tokens for a in graph.axes if a.kind == "time"}
-    machine = Interpreter(graph, Run(tensors=tensors, lengths=lengths))
+    machine = Interpreter(graph, Run(tensors=tensors, lengths=lengths, settings={"dk": 4.0}))
     return {name: machine.value(id_) for name, id_ in graph.outputs}
 
 

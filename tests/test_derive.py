@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from derived import ALL, IDS, TOKENS, Scan, close, outputs, scans
+from derived import ALL, IDS, TEXTS, TOKENS, Scan, close, outputs, scans
 from torch import Tensor
 
 from chunkc.driver import check_source
@@ -12,6 +12,7 @@ from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
 from chunkc.ir.diagnostics import SourceFile
 from chunkc.ir.graph import Graph
+from chunkc.ir.updates import absorbed
 from chunkc.passes.chunk import Chunk
 from chunkc.passes.fuse import derive
 from chunkc.pipeline import run, upto
@@ -124,6 +125,47 @@ def test_kernels_are_the_scan(name: str, index: int) -> None:
     assert scan.node.step is not None
     once = outputs(over_axes(scan.node.step, scan), token, 1)
     assert list(found) == list(once) and not [n for n in once if not close(found[n], once[n])]
+
+
+MADE = [(name, index) for name, index in ALL if scans(name)[index].node.prologue is not None]
+
+
+@pytest.mark.parametrize("name, index", MADE, ids=[f"{n}-{i}" for n, i in MADE])
+def test_operands_are_what_a_prologue_makes(name: str, index: int) -> None:
+    """Of random leaves: its values are the operands that the graph around makes of them, its gradients autograd's."""
+    scan = scans(name)[index]
+    graph, node = scan.graph, scan.node
+    prologue = node.prologue
+    assert prologue is not None
+    axes = [node.axis, *node.batch]
+    torch.manual_seed(0)
+    leaves = [torch.rand(scan.shape(tuple(axes), TOKENS)).double().requires_grad_() for _ in prologue.leaves]
+    given = {f"leaf_{k}": x for k, x in enumerate(leaves)}
+    made = outputs(over_axes(prologue.values, scan), given, TOKENS)
+    between = [n for n in absorbed(graph, node, prologue.leaves)]
+    inputs = [N.Input(id=x, name=f"leaf_{k}", axes=tuple(axes)) for k, x in enumerate(prologue.leaves)]
+    ends = tuple(zip(scan.names, node.arguments()))
+    whole = over_axes(Graph(level="normal", nodes=(*inputs, *between), outputs=ends, axes=graph.axes), scan)
+    wanted = outputs(whole, given, TOKENS)
+    assert list(made) == list(wanted) and all(close(made[n].detach(), wanted[n].detach()) for n in made)
+    grads = {n: torch.randn(scan.shape(tuple(axes), TOKENS)).double() for n in wanted}
+    total = torch.stack([(x * grads[n]).sum() for n, x in wanted.items()]).sum()
+    total.backward()  # type: ignore[no-untyped-call]
+    found = outputs(over_axes(prologue.gradients, scan), {**{n: x.detach() for n, x in given.items()},
+                    **{f"d_{n}": g for n, g in grads.items()}}, TOKENS)  # fmt: skip
+    for k, x in enumerate(leaves):
+        assert x.grad is not None and close(found[f"d_leaf_{k}"], x.grad)
+
+
+def test_what_a_prologue_takes_in() -> None:
+    """All that only operands need; what a result needs too, or has other axes, is a leaf."""
+    made = {name: scans(name)[0].node.prologue for name in ("hgrn", "mingru", "vector", "two_vectors")}
+    assert {n: len(p.leaves) for n, p in made.items() if p is not None} == {
+        "hgrn": 2, "mingru": 2, "vector": 2, "two_vectors": 2,
+    }  # fmt: skip
+    kinds = [n.fn for n in scans("two_vectors")[0].node.prologue.values.of_kind(N.Map)]  # type: ignore[union-attr]
+    assert sorted(kinds) == ["*", "*", "-", "exp", "tanh"]
+    assert all(s.node.prologue is None for n in TEXTS for s in scans(n) if s.node.i or s.node.j)
 
 
 @pytest.mark.parametrize("gate", ["exp(g)", "gamma", "1 - exp(-(5 + h) * log(2))"])

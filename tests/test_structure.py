@@ -76,7 +76,7 @@ each_kernel = pytest.mark.parametrize("name, index, role", KERNELS, ids=[f"{n}-{
 def test_the_specs_with_a_chunk_form() -> None:
     wanted = {"gated_linear_attention", "linear_attention", "mamba2", "mlstm", "retention", "rwkv6"}
     assert {n for n in CHUNKED if n in SHIPPED} == wanted
-    assert set(cases.OPS) - set(CHUNKED) == {"vector", "max_plus", "delta"}
+    assert set(cases.OPS) - set(CHUNKED) == {"vector", "two_vectors", "max_plus", "delta"}
 
 
 # -- loops and launches ------------------------------------------------------------------------------------------------
