@@ -24,11 +24,15 @@ from chunkc.backends.token import free_side
 from chunkc.backends.triton.emit import launches
 from chunkc.backends.triton.kernel import If, Kernel, Let, Loop, Statement, Store
 from chunkc.backends.triton.text import parse_expr, parse_kernels
+from chunkc.backends.triton.vector import own_kernels
 from chunkc.backends.triton.verify import KernelError, verify_kernel
+from chunkc.backends.vector import vector_forms
 from chunkc.backends.writer import Writer
+from chunkc.driver import compile_source
 from chunkc.interp_kernels import Launch
 from chunkc.ir import nodes as N
 from chunkc.ir import tiles as T
+from chunkc.ir.diagnostics import SourceFile
 from chunkc.passes.regions import result_names, state_axes
 
 each_kernel = pytest.mark.parametrize("name, index, role", KERNELS, ids=[f"{n}-{i}-{r}" for n, i, r in KERNELS])
@@ -393,15 +397,18 @@ class Walk:
         self.given = {"a": a, "b": b, "g": g, "initial": initial, "d_last": d_last}
 
     def run(self, name: str, **given: Tensor) -> dict[str, Tensor]:
-        """Memory by name after a launch; what nobody writes is NaN."""
-        kernel, given = VECTOR[name], {"bounds": self.ends, **self.given, **given}
+        return self.launch(VECTOR[name], {**self.given, **given})
+
+    def launch(self, kernel: Kernel, given: dict[str, Tensor], **numbers: float) -> dict[str, Tensor]:
+        """Memory by name after a launch; what nobody writes is NaN. `numbers`: of parameters."""
+        given = {"bounds": self.ends, **given}
         names = [x.removesuffix("_ptr") for x in kernel.arguments]
         rows = given["bounds"].numel() - 1
         states = ("last", "decay", "total", "d_initial")
-        shapes = {n: (rows if n in states else sum(LENGTHS), self.size) for n in names}
+        shapes = {n: (rows if n.startswith(states) else sum(LENGTHS), self.size) for n in names}
         memory = {n: given[n] if n in given else torch.full(shapes[n], float("nan")).double() for n in names}
-        constants = {"D": self.size, "C": C, "BD": 4, "AFTER": self.after}
-        Launch(kernel, (rows, 2), {f"{n}_ptr": x.view(-1) for n, x in memory.items()}, constants).run()
+        constants = {"D": self.size, "C": C, "BD": 4, "AFTER": self.after, **numbers}
+        Launch(kernel, (rows, -(-self.size // 4)), {f"{n}_ptr": x.view(-1) for n, x in memory.items()}, constants).run()
         return memory
 
     def loop(self, a: Tensor, b: Tensor, initial: Tensor, tropical: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -461,6 +468,52 @@ def test_what_a_segment_does_to_the_state_before_it(name: str, after: int) -> No
         w.run("vector_backward", h=w.given["b"])["d_initial"] if name.endswith("reverse") else w.run("vector")["last"]
     )
     assert close(found["decay"] * start + found["total"], last)
+
+
+OWN = ["hgrn", "mingru", "vector", "two_vectors"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_kernels_make_operands_of_leaves(name: str) -> None:
+    """Results and the leaves' gradients, against operands that the interpreter makes and a loop over tokens."""
+    unit = compile_source(SourceFile(f"{name}.spec", TEXTS[name])).units[0]
+    forms = vector_forms(unit)
+    assert sum(len(f.scans) for f in forms) == len(unit.graph.of_kind(N.Scan))
+    for form in forms:
+        given = {s.node.id: s for s in derived_scans(name)}
+        walk, scans_of = Walk(int(form.after)), [given[s.id] for s in form.scans]
+        shape = scans_of[0].shape((form.scans[0].axis, *form.scans[0].batch), sum(LENGTHS))
+        walk.size = math.prod(shape[1:])
+        torch.manual_seed(0)
+        memory = {x: torch.rand(shape).double().requires_grad_() for x in form.leaves.values()}
+        for role in ("initial", "d_last"):
+            memory |= {x: torch.randn(len(LENGTHS), walk.size).double() for x in form.names(role)}
+        for x in form.names("initial"):
+            memory[x].requires_grad_()
+        memory |= {x: torch.randn(sum(LENGTHS), walk.size).double() for x in form.names("g")}
+        total: list[Tensor] = []
+        wanted: dict[str, Tensor] = {}
+        for state, scan in zip(form.states, scans_of):
+            leaves = {f"leaf_{k}": memory[x] for k, x in enumerate(state.leaves)}
+            values = scan.node.prologue.values  # type: ignore[union-attr]
+            own = {a.name: a for a in scan.axes()}
+            made = outputs(values.evolve(axes=tuple(own.get(a.name, a) for a in values.axes)), leaves, sum(LENGTHS))
+            gate, add = (x.reshape(-1, walk.size) for x in made.values())
+            *out, last = walk.loop(gate, add, memory[state.name("initial")])
+            wanted |= {state.name("h"): out[form.after], state.name("out"): out[form.after], state.name("last"): last}
+            total += [(out[form.after] * memory[state.name("g")]).sum(), (last * memory[state.name("d_last")]).sum()]
+        torch.stack(total).sum().backward()  # type: ignore[no-untyped-call]
+        flat = {n: x.detach().reshape(-1, walk.size) for n, x in {**memory, **wanted}.items()}
+        kernels = {k.name.removeprefix(f"{form.name}_"): k for k in own_kernels(form)}
+        outs = {n for role in ("out", "last") for n in form.names(role)}
+        numbers = {n: float(eval(text, {"dk": 4.0})) for text, n in form.numbers.items()}
+        found = walk.launch(kernels["walk"], {n: x for n, x in flat.items() if n not in outs}, **numbers)
+        for n in outs:
+            assert close(found[n], flat[n]), n
+        found = walk.launch(kernels["backward"], flat, **numbers)
+        for n in [*form.leaves.values(), *form.names("initial")]:
+            grad = memory[n].grad
+            assert grad is not None and close(found[f"d_{n}"], grad.reshape(-1, walk.size)), n
 
 
 def test_reads_beyond_memory_are_errors() -> None:
