@@ -142,7 +142,7 @@ def test_operands_are_what_a_prologue_makes(name: str, index: int) -> None:
     leaves = [torch.rand(scan.shape(tuple(axes), TOKENS)).double().requires_grad_() for _ in prologue.leaves]
     given = {f"leaf_{k}": x for k, x in enumerate(leaves)}
     made = outputs(over_axes(prologue.values, scan), given, TOKENS)
-    between = [n for n in absorbed(graph, node, prologue.leaves)]
+    between = absorbed(graph, node, prologue.leaves)
     inputs = [N.Input(id=x, name=f"leaf_{k}", axes=tuple(axes)) for k, x in enumerate(prologue.leaves)]
     ends = tuple(zip(scan.names, node.arguments()))
     whole = over_axes(Graph(level="normal", nodes=(*inputs, *between), outputs=ends, axes=graph.axes), scan)
