@@ -109,7 +109,7 @@ def test_the_same_build_is_the_same_bytes(tmp_path: Path, capsys: pytest.Capture
         assert cli.run(["build", str(spec), "-o", str(tmp_path / place), *TARGET, "--set", "heads=40"]) == 0
     said = capsys.readouterr()
     assert said.out == "".join(f"{tmp_path / place / 'mean'}\n" for place in ("a", "b"))
-    assert re.search(r"\d kernels compiled for sm_90, bf16 inputs\n  vector", said.err) and "registers" in said.err
+    assert re.search(r"\d kernels compiled for sm_90, bf16 inputs\n  s_walk", said.err) and "registers" in said.err
     first = {str(p.relative_to(tmp_path / "a" / "mean")): p.read_bytes() for p in (tmp_path / "a").rglob("*.*")
              if p.is_file() and p.suffix != ".spec"}  # fmt: skip
     assert len(first) > 10 and differing(first, tmp_path / "b" / "mean") == []
@@ -252,7 +252,10 @@ def test_every_shipped_spec_launches_all_its_kernels(
     for loaded in [n for n in sys.modules if n.partition(".")[0] == module.__name__]:  # others load it unchanged
         del sys.modules[loaded]
     shared = ("vector", "max_plus")  # of these a package has all or none
-    assert launched >= {name for name in stores if not name.startswith(shared)}
+    stores = {name for name in stores if not name.startswith(shared)}
+    if name == "rat":  # chunks of 16 tokens are never cut into segments
+        stores = {name for name in stores if "_totals" not in name}
+    assert launched >= stores
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------
