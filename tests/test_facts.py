@@ -80,7 +80,7 @@ def test_the_schedule_that_is_used(name: str, used: str, launches: tuple[list[st
     assert (r["schedule"]["used"], r["schedule"]["forward"], r["schedule"]["backward"]) == (used, *launches)
     assert f"    schedule    {used}: " in render_facts(found)
     kept = r["prefix_invariant"]
-    assert kept["holds"] and not kept["demanded"] and kept["changes_at"] == ([1] if used == "passes" else [])
+    assert kept["holds"] and not kept["demanded"] and kept["changes_at"] == ([1, 2048] if used == "passes" else [])
     assert kept["in_kernels"] == (used in ("passes", "walk")) and kept["by_tile"] == (name == "gated")
     assert "prefix-invariant: yes, in " in render_facts(found)
 

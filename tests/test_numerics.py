@@ -203,6 +203,48 @@ def test_interpreted_segments(
     check(errors(module, unit, case), allowed(name, torch.float32))
 
 
+class Counted:
+    """How often a kernel is launched."""
+
+    calls = 0
+
+    def of(self, kernel: Any) -> Counted:
+        self.kernel = kernel
+        return self
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.calls += 1
+        return self.kernel[grid]
+
+
+MATRIX = ["gated", "scalar_gate", "value_gate", "product_gate", "raw_product", "no_gate", "constant", "two_states",
+          "gated_linear_attention", "mamba2", "rwkv6"]  # fmt: skip
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("lengths, packed", [([150, 0, 1, 256], True), ([150, 150], False)], ids=["packed", "dense"])
+def test_interpreted_walks_over_segments(
+    built: Any, monkeypatch: pytest.MonkeyPatch, name: str, lengths: list[int], packed: bool
+) -> None:
+    """Sequences of few heads are cut into segments; here of 128 tokens."""
+    module, unit = built(name)
+    kernels, spy = importlib.import_module(f"{module.__name__}._kernels"), Counted()
+    monkeypatch.setattr(kernels, "CUT", 128)
+    monkeypatch.setattr(kernels, "joined", spy.of(kernels.joined))
+    case = Case(SETTINGS, lengths, packed=packed, resume=True, values=gates(unit, cases.mixed))
+    check(errors(module, unit, case), allowed(name, torch.float32))
+    assert spy.calls >= 2  # forward and backward
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["gated", "scalar_gate"])
+def test_interpreted_gates_that_close_segments(built: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    module, _ = built(name)
+    monkeypatch.setattr(importlib.import_module(f"{module.__name__}._kernels"), "CUT", 64)
+    check(at_edges(built, name, cases.closing))
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["gated", "raw_product", "vector", "gated_linear_attention"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
