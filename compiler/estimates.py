@@ -33,10 +33,10 @@ from chunkc.ir.ranges import Ranges
 
 WIDTHS = {"bf16": 2, "fp32": 4}
 LETTERS = ("B", "T", "H", "K", "V")
-# The schedules that are emitted, each in a few words; `passes` is in costs.py `split` where sequences are cut.
+# The schedules that are emitted, each in a few words; `passes` is `split` in costs.py where
+# sequences are cut.
 USED = {
-    "passes": "passes: a walk that leaves states at tiles' edges, if heads are few by segments; then programs of one tile "
-    "each",
+    "passes": "passes: a walk that leaves states at tiles' edges, then programs of one tile each",
     "walk": "walk: a program takes some elements over the tiles of a sequence",
     "tiles": "tiles: PyTorch, all tiles of a sequence at once, then over their edges",
     "steps": "steps: PyTorch, one step after the other",

@@ -190,7 +190,7 @@ def test_what_cannot_be() -> None:
     large = of(replace(WIDE, i=1024), "fused")
     assert large.why_not and not large.launches and large.seconds == math.inf
     assert not of(replace(WIDE, i=1024), "fused", machine="mi300x").why_not  # twice the registers
-    assert of(replace(WIDE, tokens=64), "split").why_not and not of(replace(WIDE, tokens=65), "split").why_not
+    assert of(replace(WIDE, tokens=2048), "split").why_not and not of(replace(WIDE, tokens=2049), "split").why_not
 
 
 scans = st.builds(

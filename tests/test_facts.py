@@ -186,8 +186,9 @@ def test_estimates() -> None:
     ("scalar_gate", ("head", "none")), ("no_gate", ("none", "none")), ("raw_key", ("each", "none")),
 ])  # fmt: skip
 def test_gates_that_the_model_sees(name: str, gates: tuple[GateKind, GateKind]) -> None:
-    (r,) = facts(compiled(name), at=at({"B": 2, "T": 256, "H": 2, "K": 32, "V": 64}))[0]["recurrences"]
-    wanted = estimates(Scan(2, 256, 2, 32, 64, gate_i=gates[0], gate_j=gates[1]), MACHINES["h100"])
+    (r,) = facts(compiled(name), at=at({"B": 2, "T": 4096, "H": 2, "K": 32, "V": 64}))[0]["recurrences"]
+    wanted = estimates(Scan(2, 4096, 2, 32, 64, gate_i=gates[0], gate_j=gates[1]), MACHINES["h100"])
+    assert r["estimates"]["passes"][0]["used"] == "split"
     assert [e["bytes"] for e in r["estimates"]["passes"][0]["schedules"]] == [e.total("bytes") for e in wanted]
     assert [e["exps"] for e in r["estimates"]["passes"][0]["schedules"]] == [e.total("exps") for e in wanted]
 

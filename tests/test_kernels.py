@@ -62,6 +62,12 @@ def test_rules_hold(name: str, index: int, role: str) -> None:
     verify_kernel(kernel)
 
 
+def test_what_joins_segments() -> None:
+    kernel = join_kernel()
+    assert parse_kernels(text_of(kernel)) == {kernel.name: kernel}
+    verify_kernel(kernel)
+
+
 @pytest.mark.parametrize("name", VECTOR)
 def test_rules_hold_of_elementwise_scans(name: str) -> None:
     verify_kernel(VECTOR[name])
@@ -208,14 +214,15 @@ class Launches:
         known, segments = self.memory, max(self.batch.lengths) // self.segment + 2  # more than there are
         count, (h, i, j) = len(self.batch.lengths) * segments, (self.sizes[s] for s in "HIJ")
         none = {"initial": None, "states": None, "last": None}
-        own = {"last": self.empty(count, h, i, j), "decay_i": self.empty(count, h, i), "decay_j": self.empty(count, h, j)}
-        self.memory = {**known, **none, **own}
+        from_zero, entered = self.empty(count, h, i, j), self.empty(count, h, i, j)
+        kept = {f"decay_{s}": self.empty(count, h, n) for s, n in (("i", i), ("j", j))}
+        self.memory = {**known, **none, **kept, "last": from_zero}
         self.run_kernel(kernel, launch, block, segments)
-        decays = {f"decay_{g.side}": own[f"decay_{g.side}"] for g in self.scan.form.gates}
-        entered = self.empty(count, h, i, j)
-        memory = {"decay_i": None, "decay_j": None, **decays, "from_zero": own["last"], "entered": entered,
-                  "initial": known["initial"], "last": known["last"]}  # fmt: skip
-        numbers = {"tokens": -1, "segment": self.segment, "segments": segments, "offsets_ptr": self.table["offsets_ptr"]}
+        gated = {g.side for g in self.scan.form.gates}
+        memory = {n: x if n[-1] in gated else None for n, x in kept.items()}
+        memory |= {"from_zero": from_zero, "entered": entered, "offsets": self.table["offsets_ptr"]}
+        memory |= {n: known[n] for n in ("initial", "last")}
+        numbers = {"tokens": -1, "segment": self.segment, "segments": segments}
         pointers = {f"{n}_ptr": x if x is None else x.view(-1) for n, x in memory.items()}
         grid = (len(self.batch.lengths) * h * -(-i * j // 4),)
         Launch(join_kernel(), grid, {**pointers, **numbers}, {**self.sizes, "D": i * j, "BD": 4}).run()

@@ -449,8 +449,8 @@ def _walk(form: ScanForm, kernels: dict[str, Kernel], launch: T.Kernel, w: Write
 
 
 def _launch(form: ScanForm, kernels: dict[str, Kernel], launch: T.Kernel, w: Writer) -> None:
-    """A launch over tiles: programs over tiles, blocks of a side, heads. Where tiles may be mild, or are proven to be, a
-    second kernel has those in bfloat16; the first one then has the rest."""
+    """A launch over tiles, blocks of a side and heads. Where tiles may be mild, or are proven to be, a second kernel
+    has those in bfloat16; the first one then has the rest."""
     kernel = kernels[launch.role]
     anchor, proven = form.mild()
     mild = kernels.get(f"{launch.role}_{anchor}")

@@ -72,7 +72,8 @@ class _Walk:
             b.let(f"decayed_{g.side}", call("tl.zeros", "(1,)" if g.thin else f"({block(g.side)},)", "tl.float32"))
             if g.thin:
                 b.note("one number a token is no asynchronous copy: it is loaded a tile ahead")
-                self.ahead(g, maximum(Expr("first") + (Expr("count") - 1) * "C", "first") if self.reverse else Expr("first"))
+                first = Expr("first")
+                self.ahead(g, maximum(first + (Expr("count") - 1) * "C", first) if self.reverse else first)
         masks_at = len(b.body)
         with b.loop("step", "count", "tiles") as step:
             self.tile(step, cell, has)
