@@ -30,6 +30,8 @@ step level upper lower pair inner outward flow crossing edges earlier later othe
 upto onward rounded is_mild chosen schedule offsets tokens each kept parts program blocks_i base sums since
 after halves levels log_gate masked_sum d_initial d_last low_i low_j up_i up_j from_start_i from_start_j
 to_end_i to_end_j to_edge_i to_edge_j decay_i decay_j reads_i reads_j written_i written_j
+walk first_tile turn begin end own skipped place total_i total_j totals_i totals_j decayed_i decayed_j segment segments
+launch programs walked_tiles segment_of joined IDLE CUT JOINED SAFE SCHEDULES
 """
 EMITTED = frozenset(_EMITTED.split())
 
@@ -123,8 +125,9 @@ class ScanForm:
 
 
 def _derived(name: str) -> set[str]:
-    """An operand's name and those made of it: its gradient, what a query reads and that one's gradient, a raw gate."""
-    return {name, f"d_{name}", f"out_{name}", f"d_out_{name}", f"{name}_value"}
+    """An operand's name and those made of it: its gradient, what a query reads and that one's gradient, a raw gate, a
+    gate of a tile that a walk comes to next."""
+    return {name, f"d_{name}", f"out_{name}", f"d_out_{name}", f"{name}_value", f"{name}_ahead"}
 
 
 def scan_form(scan: N.Scan, axes_of: dict[str, tuple[str, ...]], prefix: str = "", fixed: bool = False) -> ScanForm:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from chunkc.backends.triton.tables import CUT, IDLE, JOINED
 from chunkc.passes.chunk import TILE
 
 Side = Literal["i", "j"]
@@ -100,6 +101,12 @@ class Scan:
     def tiles(self) -> int:
         """Of one sequence."""
         return math.ceil(self.tokens / TILE)
+
+    @property
+    def segments(self) -> int:
+        """Of one sequence, as the emitted kernels walk over it: one, unless its walks are few."""
+        few = self.states * math.ceil(self.i / BLOCK) * math.ceil(self.j / BLOCK) < IDLE
+        return math.ceil(self.tokens / CUT) if few else 1
 
     def gate(self, side: Side) -> int:
         """Numbers of a side's gate that a token brings along."""
@@ -252,10 +259,11 @@ def estimates(s: Scan, machine: Machine, backward: bool = False) -> tuple[Estima
     else:
         fused = Estimate("fused", why_not=f"{NARROW} columns of a state of {s.i} keys exceed a program's registers")
     passes = _estimate("passes", _passes(s, backward, 1), machine, s.width)
-    counts = [2**n for n in range(1, s.tiles.bit_length()) if 2**n <= s.tiles]
-    cut = [_estimate("split", _passes(s, backward, n), machine, s.width, n) for n in counts]
-    why = "a sequence of one tile cannot be cut"
-    split = min(cut, key=lambda e: e.seconds) if cut else Estimate("split", why_not=why)
+    segments = math.ceil(s.tokens / CUT)
+    if segments > 1:
+        split = _estimate("split", _passes(s, backward, segments), machine, s.width, segments)
+    else:
+        split = Estimate("split", why_not=f"segments have {CUT} tokens: the sequence is one")
     return fused, passes, split
 
 
@@ -336,7 +344,7 @@ def _passes(s: Scan, backward: bool, segments: int) -> list[Launch]:
         return [walk, tiles]
     sums = Launch("segments", s.rows * s.width * through + states, walk.operations, walk.exps, walk.programs,
                   again=walk.again, steps=steps, links=2)  # fmt: skip
-    joined = Launch("joined", 2 * states, 0, 0, programs, steps=segments)
+    joined = Launch("joined", 2 * states, 0, 0, s.states * math.ceil(s.i * s.j / JOINED), steps=segments, block=JOINED)
     resumed = Launch(walk.name, walk.bytes + states, walk.operations, walk.exps, walk.programs,
                      again=walk.again, steps=steps, links=2)  # fmt: skip
     return [sums, joined, resumed, tiles]

@@ -9,6 +9,7 @@ from typing import Any
 
 from chunkc.artifact import fit_settings
 from chunkc.backends.scan import LIMIT, TILE, scan_form
+from chunkc.backends.triton.tables import CUT
 from chunkc.bench.roles import scan_roles
 from chunkc.bench.sizes import BenchError, Sizes, resolve
 from chunkc.costs import (
@@ -32,7 +33,8 @@ from chunkc.ir.ranges import Ranges
 
 WIDTHS = {"bf16": 2, "fp32": 4}
 LETTERS = ("B", "T", "H", "K", "V")
-# The schedules that are emitted, each in a few words; `passes` is one of those in costs.py.
+# The schedules that are emitted, each in a few words; `passes` is `split` in costs.py where
+# sequences are cut.
 USED = {
     "passes": "passes: a walk that leaves states at tiles' edges, then programs of one tile each",
     "walk": "walk: a program takes some elements over the tiles of a sequence",
@@ -40,6 +42,10 @@ USED = {
     "steps": "steps: PyTorch, one step after the other",
 }
 
+CHANGES = {
+    1: "one token, which is a step",
+    CUT: f"{CUT} tokens, beyond which sequences of few heads are walked over in segments, and begin alike",
+}
 BY_TILE = (
     f"in bfloat16 a tile of {TILE} tokens that decays by less than {LIMIT:g} nats is anchored at its start, which "
     "later tokens of the tile may change: prefix_invariant = true forbids it"
@@ -87,7 +93,7 @@ def invariance(source: SourceFile, unit: Unit, node: N.Scan | N.Recur) -> dict[s
         "in_kernels": used in ("passes", "walk"),
         "by_tile": used == "passes" and isinstance(node, N.Scan) and _chosen_by_tile(unit, node),
         "in_pytorch": "always" if used == "walk" else "where products do not depend on how many stand beside them",
-        "changes_at": [1] if used == "passes" else [],  # the lengths at which another schedule is taken
+        "changes_at": list(CHANGES) if used == "passes" else [],  # the lengths at which another schedule is taken
     }
 
 
@@ -102,7 +108,7 @@ def render_schedule(r: Mapping[str, Any]) -> list[str]:
     kept = r["prefix_invariant"]
     kernels = "in kernels" + (f" with products in float32 ({BY_TILE})" if kept["by_tile"] else "")
     where = [*([kernels] if kept["in_kernels"] else []), f"in PyTorch {kept['in_pytorch']}"]
-    changes = "one token, which is a step" if kept["changes_at"] else "none"
+    changes = ", ".join(CHANGES[n] for n in kept["changes_at"]) or "none"
     holds = (
         f"yes, {'; '.join(where)}; the schedule changes at: {changes}" if kept["holds"] else f"no, {kept['because']}"
     )
@@ -205,7 +211,7 @@ def _pass(s: Scan, machine: Machine, way: str, emitted: list[str]) -> dict[str, 
         "limit_seconds": limit(s, machine, backward),
         "least_bytes": least_bytes(s, backward),
         "least_operations": least_operations(s, backward),
-        "used": "passes",
+        "used": "split" if s.segments > 1 else "passes",
         "emitted": emitted,  # the launches that are, which may be more than the model's
         "cheapest": cheapest(found).schedule,
         "schedules": [_data(e, machine) for e in found],

@@ -23,7 +23,7 @@ INFIX: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod,
     ">>": operator.rshift, "<<": operator.lshift, "&": operator.and_, "|": operator.or_, "^": operator.xor,
     "/": operator.truediv, "!=": operator.ne, "<": operator.lt, "<=": operator.le, "==": operator.eq, ">": operator.gt,
-    ">=": operator.ge,
+    ">=": operator.ge, "is not": operator.is_not,
 }  # fmt: skip
 
 
@@ -138,8 +138,8 @@ class Launch:
             return self.values[op]
         if op.startswith('float("'):
             return float(op[7:-2])
-        if op == "True":
-            return True
+        if op in ("True", "None"):
+            return True if op == "True" else None
         whole = op.removeprefix("-").isdigit()
         return int(op) if whole else float(op) if "." in op and not op.startswith("tl.") else op
 

@@ -57,6 +57,7 @@ def calls(caller: Caller) -> None:
             caller.both({"t": first}, {"t": more}, batch)
     caller.call({"t": 5000}, 1)
     caller.call({"t": 100}, 1, packed=True)
+    caller.call({"t": 5000}, 1, packed=True)
 
 
 VERSION = triton.__version__

@@ -374,7 +374,7 @@ def test_explain_at_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([*shape, "B=1,T=131072,H=4,K=128,V=128", "--machine", "a100"]) == 0
     out = capsys.readouterr().out
     assert "on a100, bf16, B 1, t 131072, n 4, i 128, j 128, by the model of docs/costs.md:" in out
-    assert re.search(r"split .* segments walk .* \(cheapest\)", out)
+    assert re.search(r"split .* segments walk .* \(cheapest; used, as states, read_j\)", out)
     assert cli.run([*shape, "T=512", "--set", "h=2", "--dtype", "fp32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)[0]["recurrences"][0]["estimates"]
     assert (found["machine"], found["dtype"], found["sizes"]["n"], found["score_levels"]) == ("h100", "fp32", 2, 1)

@@ -80,7 +80,7 @@ def test_the_schedule_that_is_used(name: str, used: str, launches: tuple[list[st
     assert (r["schedule"]["used"], r["schedule"]["forward"], r["schedule"]["backward"]) == (used, *launches)
     assert f"    schedule    {used}: " in render_facts(found)
     kept = r["prefix_invariant"]
-    assert kept["holds"] and not kept["demanded"] and kept["changes_at"] == ([1] if used == "passes" else [])
+    assert kept["holds"] and not kept["demanded"] and kept["changes_at"] == ([1, 2048] if used == "passes" else [])
     assert kept["in_kernels"] == (used in ("passes", "walk")) and kept["by_tile"] == (name == "gated")
     assert "prefix-invariant: yes, in " in render_facts(found)
 
@@ -186,8 +186,9 @@ def test_estimates() -> None:
     ("scalar_gate", ("head", "none")), ("no_gate", ("none", "none")), ("raw_key", ("each", "none")),
 ])  # fmt: skip
 def test_gates_that_the_model_sees(name: str, gates: tuple[GateKind, GateKind]) -> None:
-    (r,) = facts(compiled(name), at=at({"B": 2, "T": 256, "H": 2, "K": 32, "V": 64}))[0]["recurrences"]
-    wanted = estimates(Scan(2, 256, 2, 32, 64, gate_i=gates[0], gate_j=gates[1]), MACHINES["h100"])
+    (r,) = facts(compiled(name), at=at({"B": 2, "T": 4096, "H": 2, "K": 32, "V": 64}))[0]["recurrences"]
+    wanted = estimates(Scan(2, 4096, 2, 32, 64, gate_i=gates[0], gate_j=gates[1]), MACHINES["h100"])
+    assert r["estimates"]["passes"][0]["used"] == "split"
     assert [e["bytes"] for e in r["estimates"]["passes"][0]["schedules"]] == [e.total("bytes") for e in wanted]
     assert [e["exps"] for e in r["estimates"]["passes"][0]["schedules"]] == [e.total("exps") for e in wanted]
 

@@ -45,12 +45,28 @@ def test_packed_and_resumed(built, name, dtype):  # type: ignore[no-untyped-def]
     check(errors(module, unit, case), allowed(name, dtype))
 
 
+MATRIX = [n for n in cases.OPS if n not in ("vector", "max_plus", "delta")]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", list(cases.OPS))
-def test_a_sequence_cut_short(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", MATRIX)
+def test_walks_over_segments(monkeypatch, built, name, dtype):  # type: ignore[no-untyped-def]
+    module, unit = built(name)
+    monkeypatch.setattr(sys.modules[f"{module.__name__}._kernels"], "CUT", 64)
+    for lengths, packed in ((PACKED, True), ([200, 200], False)):
+        case = Case(SETTINGS, lengths, packed=packed, dtype=dtype, resume=True, values=gates(unit, cases.mixed),
+                    device="cuda")  # fmt: skip
+        check(errors(module, unit, case), allowed(name, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name, segment", [*((n, 2048) for n in cases.OPS), *((n, 128) for n in MATRIX)])
+def test_a_sequence_cut_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, segment: int,
+                              dtype: torch.dtype) -> None:  # fmt: skip
     """What a schedule's prefix_invariant demands, and `explain` says of every kernel."""
     text = cases.OPS[name].replace("  axes {", "  schedule { prefix_invariant = true }\n  axes {", 1)
     module, (unit,), _ = emit(text, tmp_path, f"{name}.spec")
+    monkeypatch.setattr(sys.modules[f"{module.__name__}._kernels"], "CUT", segment, raising=False)
     settings = {**SETTINGS, "heads": 3, "dk": 96, "dv": 128}
     case = Case(settings, [300, 300], dtype=dtype, values=gates(unit, cases.mixed), device="cuda")
     assert not differs_when_cut(module, unit, case, (2, 64, 65, 130, 299))

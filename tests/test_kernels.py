@@ -23,6 +23,7 @@ from chunkc.backends.scan import ScanForm
 from chunkc.backends.token import free_side
 from chunkc.backends.triton.emit import launches
 from chunkc.backends.triton.kernel import If, Kernel, Let, Loop, Statement, Store
+from chunkc.backends.triton.schedule import join_kernel
 from chunkc.backends.triton.text import parse_expr, parse_kernels
 from chunkc.backends.triton.vector import own_kernels
 from chunkc.backends.triton.verify import KernelError, verify_kernel
@@ -58,6 +59,12 @@ def test_text_of_elementwise_scans_reads_back(name: str) -> None:
 @each_kernel
 def test_rules_hold(name: str, index: int, role: str) -> None:
     _, kernel = at(name, index, role)
+    verify_kernel(kernel)
+
+
+def test_what_joins_segments() -> None:
+    kernel = join_kernel()
+    assert parse_kernels(text_of(kernel)) == {kernel.name: kernel}
     verify_kernel(kernel)
 
 
@@ -180,10 +187,10 @@ class Batch:
 class Launches:
     """Runs the launches of one direction: memory by name, in the layout of emitted code [tokens, H, D]."""
 
-    def __init__(self, scan: Any, batch: Batch, sizes: dict[str, int], whole: bool = False) -> None:
-        self.scan, self.batch, self.sizes, self.whole = scan, batch, sizes, whole
+    def __init__(self, scan: Any, batch: Batch, sizes: dict[str, int], whole: bool = False, segment: int = 0) -> None:
+        self.scan, self.batch, self.sizes, self.whole, self.segment = scan, batch, sizes, whole, segment
         self.table = batch.table()
-        self.memory: dict[str, Tensor] = {}
+        self.memory: dict[str, Any] = {}
 
     def empty(self, *shape: int) -> Tensor:
         return torch.full(shape, float("nan"), dtype=torch.float64)  # what nobody writes shows
@@ -196,11 +203,38 @@ class Launches:
         if mild is not None and not self.whole:
             self.run_kernel(mild, launch, block)
         if mild is None or self.whole or not proven:
-            self.run_kernel(self.scan.kernels[launch.role], launch, block)
+            kernel = self.scan.kernels[launch.role]
+            (self.walk if launch.rows == "sequences" else self.run_kernel)(kernel, launch, block)
 
-    def run_kernel(self, kernel: Kernel, launch: T.Kernel, block: int) -> None:
+    def walk(self, kernel: Kernel, launch: T.Kernel, block: int) -> None:
+        """Over whole sequences; or over segments from zero, and then from the states that these give."""
+        if not self.segment:
+            self.run_kernel(kernel, launch, block)
+            return
+        known, segments = self.memory, max(self.batch.lengths) // self.segment + 2  # more than there are
+        count, (h, i, j) = len(self.batch.lengths) * segments, (self.sizes[s] for s in "HIJ")
+        none = {"initial": None, "states": None, "last": None}
+        from_zero, entered = self.empty(count, h, i, j), self.empty(count, h, i, j)
+        kept = {f"decay_{s}": self.empty(count, h, n) for s, n in (("i", i), ("j", j))}
+        self.memory = {**known, **none, **kept, "last": from_zero}
+        self.run_kernel(kernel, launch, block, segments)
+        gated = {g.side for g in self.scan.form.gates}
+        memory = {n: x if n[-1] in gated else None for n, x in kept.items()}
+        memory |= {"from_zero": from_zero, "entered": entered, "offsets": self.table["offsets_ptr"]}
+        memory |= {n: known[n] for n in ("initial", "last")}
+        numbers = {"tokens": -1, "segment": self.segment, "segments": segments}
+        pointers = {f"{n}_ptr": x if x is None else x.view(-1) for n, x in memory.items()}
+        grid = (len(self.batch.lengths) * h * -(-i * j // 4),)
+        Launch(join_kernel(), grid, {**pointers, **numbers}, {**self.sizes, "D": i * j, "BD": 4}).run()
+        self.memory = {**known, **none, "initial": entered, "states": known["states"]}
+        self.run_kernel(kernel, launch, block, segments)
+        self.memory = known
+
+    def run_kernel(self, kernel: Kernel, launch: T.Kernel, block: int, segments: int = 1) -> None:
         passed = {v: k for k, v in PASSED.get(launch.role, {}).items()}
-        memory: dict[str, Tensor | int | None] = {f"{passed.get(n, n)}_ptr": x.view(-1) for n, x in self.memory.items()}
+        memory: dict[str, Tensor | int | None] = {"decay_i_ptr": None, "decay_j_ptr": None}
+        memory |= {f"{passed.get(n, n)}_ptr": x if x is None else x.view(-1) for n, x in self.memory.items()}
+        memory |= {"segment": self.segment if segments > 1 else sum(self.batch.lengths), "segments": segments}
         memory |= {**self.table, "tokens": -1, "each": -1, "levels": C.bit_length() - 1, "upper_levels": 2}
         memory |= {f"parts_{s}": -(-self.sizes[s.upper()] // block) for s in "ij"}
         if self.whole and launch.role != "states":
@@ -217,7 +251,7 @@ class Launches:
             "PARTS": 0 if self.whole else 2,
             "GATE_PARTS": 2,
         }
-        rows = self.table["tile_start_ptr"].numel() if launch.rows == "tiles" else len(self.batch.lengths)
+        rows = self.table["tile_start_ptr"].numel() if launch.rows == "tiles" else len(self.batch.lengths) * segments
         blocks = [-(-self.sizes[s.upper()] // block) for s in launch.blocks]
         grid = (rows * math.prod(blocks) * self.sizes["H"],) if blocks else (rows, self.sizes["H"])
         if launch.role == "token":  # a block of the side that no sum is over, all of the others
@@ -296,21 +330,22 @@ def wanted(given: Derived, node: N.Scan, pieces: list[tuple[dict[str, Tensor], d
 
 
 @pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("segment", [0, C, 2 * C])
 @pytest.mark.parametrize("block, whole", [(4, True), (16, False)], ids=["as in float32", "as in bfloat16"])
-def test_kernels_mean_the_scan(name: str, block: int, whole: bool) -> None:
+def test_kernels_mean_the_scan(name: str, block: int, whole: bool, segment: int) -> None:
     """Ragged and empty sequences, tiles of 8 tokens, sides in blocks: forward and gradients in float64, by the launches
-    that there are in float32 (`whole` sums) and in bfloat16."""
+    that there are in float32 (`whole` sums) and in bfloat16, by walks over whole sequences and over segments."""
     for index, scan in enumerate(scans(name)):
         given = [s for s in derived_scans(name) if s.node.i or s.node.j][index]
-        compare(scan, given, *drawn(scan, given, sum(LENGTHS)), block, whole)
+        compare(scan, given, *drawn(scan, given, sum(LENGTHS)), block, whole, segment)
 
 
-def compare(scan: Any, given: Derived, values: dict[str, Tensor], sizes: dict[str, int], block: int,
-            whole: bool) -> None:  # fmt: skip
+def compare(scan: Any, given: Derived, values: dict[str, Tensor], sizes: dict[str, int], block: int, whole: bool,
+            segment: int = 0) -> None:  # fmt: skip
     """A scan's kernels against the loop over tokens, forward and backward."""
     torch.manual_seed(1)
     initial = torch.randn(len(LENGTHS), sizes["H"], sizes["I"], sizes["J"], dtype=torch.float64)
-    run = Launches(scan, Batch(LENGTHS), sizes, whole)
+    run = Launches(scan, Batch(LENGTHS), sizes, whole, segment)
     forward(run, values, initial, block)
     have = {n: run.memory[n] for n in (*scan.form.results(), "last")}
     grads = {f"d_{n}": torch.randn(x.shape, dtype=torch.float64) for n, x in have.items()}

@@ -11,7 +11,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from emitted import Case, emit, errors
+from emitted import Case, differs_when_cut, emit, errors
 from shipped import RECURRENCES
 
 from chunkc.ir.graph import Unit
@@ -201,6 +201,54 @@ def test_interpreted_segments(
     monkeypatch.setattr(importlib.import_module(f"{module.__name__}._kernels"), "SEGMENT", 48)
     case = Case(SETTINGS, lengths, packed=packed, resume=True, values=gates(unit, cases.mixed))
     check(errors(module, unit, case), allowed(name, torch.float32))
+
+
+class Counted:
+    """How often a kernel is launched."""
+
+    calls = 0
+
+    def of(self, kernel: Any) -> Counted:
+        self.kernel = kernel
+        return self
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.calls += 1
+        return self.kernel[grid]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["gated", "scalar_gate", "product_gate", "raw_product", "no_gate", "rwkv6"])
+@pytest.mark.parametrize("lengths, packed", [([130, 0, 1, 64], True), ([130], False)], ids=["packed", "dense"])
+def test_interpreted_walks_over_segments(
+    built: Any, monkeypatch: pytest.MonkeyPatch, name: str, lengths: list[int], packed: bool
+) -> None:
+    """Sequences of few heads are cut into segments; here of one tile each."""
+    module, unit = built(name)
+    kernels, joined = importlib.import_module(f"{module.__name__}._kernels"), Counted()
+    monkeypatch.setattr(kernels, "CUT", 64)
+    monkeypatch.setattr(kernels, "joined", joined.of(kernels.joined))
+    case = Case(SETTINGS, lengths, packed=packed, resume=True, values=gates(unit, cases.mixed))
+    check(errors(module, unit, case), allowed(name, torch.float32))
+    assert joined.calls >= 2  # forward and backward
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["gated", "scalar_gate"])
+def test_interpreted_walks_over_segments_begin_alike(built: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A sequence of one segment, of two and of three."""
+    module, unit = built(name)
+    monkeypatch.setattr(importlib.import_module(f"{module.__name__}._kernels"), "CUT", 64)
+    case = Case(SETTINGS, [150], values=gates(unit, cases.mixed))
+    assert not differs_when_cut(module, unit, case, (20, 64, 65, 128, 140))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["gated", "scalar_gate"])
+def test_interpreted_gates_that_close_segments(built: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    module, _ = built(name)
+    monkeypatch.setattr(importlib.import_module(f"{module.__name__}._kernels"), "CUT", 64)
+    check(at_edges(built, name, cases.closing))
 
 
 @pytest.mark.interpreter

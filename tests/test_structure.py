@@ -17,10 +17,10 @@ from crosscompile import TARGETS, compile_kernel, sources, usage
 from emitted import emit
 from shipped import RECURRENCES
 
-from chunkc.backends.scan import ScanForm, scan_form
+from chunkc.backends.scan import EMITTED, ScanForm, scan_form
 from chunkc.backends.triton.emit import kernels_of, launches, spans_of
 from chunkc.backends.triton.kernel import Expr, Kernel, Let, Loop, Store, call, where
-from chunkc.backends.triton.schedule import SIDES
+from chunkc.backends.triton.schedule import SIDES, join_kernel
 from chunkc.backends.triton.tables import default_schedule
 from chunkc.backends.triton.vector import plain_kernels
 from chunkc.backends.writer import Lines, Writer
@@ -83,6 +83,7 @@ def test_the_specs_with_a_chunk_form() -> None:
 
 STOPS = {
     "tiles": {"count", "tiles - whole"},
+    "segments": {"own"},
     "whole tiles": {"whole"},
     "levels": {"LEVELS", "levels", "upper_levels"},
     "blocks of side i": {"tl.cdiv(I, BI)", "parts_i"},
@@ -119,6 +120,21 @@ def test_loops_of_elementwise_scans(name: str) -> None:
     check_loops(VECTOR[name], {"tiles", "whole tiles"})
 
 
+@pytest.mark.parametrize("role", ["states", "ends"])
+@pytest.mark.parametrize("name", CHUNKED)
+def test_names_of_a_walk_are_kept_from_operands(name: str, role: str) -> None:
+    """What a walk names is no name that a spec's operand may have, but for those that are numbered by pairs."""
+    for scan in scans(name):
+        kernel, own = scan.kernels[role], {o.name for o in scan.form.operands()}
+        bound = {s.name for s in kernel.statements() if isinstance(s, Let)} - own
+        bound = {re.sub(r"^(left|right)\d+$", r"\1", n.removesuffix("_ahead")) for n in bound}
+        assert {n for n in bound if re.sub("^d_(out_)?", "", n) not in own} <= EMITTED
+
+
+def test_what_joins_segments_loops_over_them() -> None:
+    check_loops(join_kernel(), {"segments"})
+
+
 @pytest.mark.parametrize("name", CHUNKED)
 def test_launches(name: str) -> None:
     """At most 3 kernels forward and 6 backward, 3 if a gate is one logarithm or there is none; each role is known."""
@@ -141,6 +157,10 @@ PLACES = {
     "offsets",
     "tokens",
     "each",
+    "segment",
+    "segments",
+    "decay_i",
+    "decay_j",
     "totals_i",
     "totals_j",
     "parts_i",

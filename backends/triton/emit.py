@@ -15,9 +15,9 @@ from chunkc.backends.triton.kernel import Kernel
 from chunkc.backends.triton.launch import emit_attention
 from chunkc.backends.triton.own import SideKernel
 from chunkc.backends.triton.pairs import NoKernel
-from chunkc.backends.triton.schedule import pass_kernel
+from chunkc.backends.triton.schedule import WALKS, join_kernel, pass_kernel
 from chunkc.backends.triton.side import SidePlan
-from chunkc.backends.triton.tables import FEW, NARROW, SAFE, default_schedule
+from chunkc.backends.triton.tables import CUT, IDLE, JOINED, NARROW, SAFE, default_schedule
 from chunkc.backends.triton.token import call_kernel, emit_call, emit_step, step_kernel
 from chunkc.backends.triton.verify import verify_kernel
 from chunkc.backends.triton.walks import emit_vector
@@ -171,6 +171,7 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     if made:
         _helpers([form for form, _ in made], w)
         _schedules(made, w)
+        _join(w)
     for form, kernels in made:
         _scan(form, kernels, lines, w)
     for unit in units:
@@ -307,11 +308,18 @@ def _schedules(made: list[tuple[ScanForm, dict[str, Kernel]]], w: Writer) -> Non
     w()
     w("# Columns of the sides i and j that a program takes, warps, stages; SAFE in float32, and on AMD GPUs.")
     w(f"SAFE = {SAFE}")
-    w(f"FEW = {FEW}  # programs that leave a GPU idle: a walk over tiles is then shared by more, with narrower blocks")
+    w(f"IDLE = {IDLE}  # programs that leave a GPU idle: more then share a walk over tiles, with narrower blocks;")
+    w(f"CUT = {CUT}  # and if these are no more either, a program walks over a segment of so many tokens")
+    w(f"JOINED = {JOINED}  # numbers of a state that a program takes along segments")
     with w.indented("SCHEDULES: dict[str, tuple[int, int, int, int]] = {"):
         for form, role, kernel in tiled:
             w(f'"{kernel.name}": {default_schedule(form, role)},')
     w("}")
+    w()
+    w()
+    with w.indented("def programs(walks: int, I: int, J: int, i: int = BLOCK, j: int = BLOCK) -> int:"):
+        w('"""How many programs walks over tiles have, with blocks of i and j columns."""')
+        w("return walks * triton.cdiv(I, i) * triton.cdiv(J, j)")
     w()
     w()
     taken = "kernel: str, I: int, J: int, types: dict[str, Any], walks: int = 0"
@@ -321,7 +329,7 @@ def _schedules(made: list[tuple[ScanForm, dict[str, Kernel]]], w: Writer) -> Non
         w('`walks`: how many walks over tiles there are, for a kernel whose programs each take a part of one."""')
         w('exact = types["DOT"] == tl.float32 or torch.version.hip is not None')
         w("i, j, warps, stages = SAFE if exact else SCHEDULES[kernel]")
-        w("if walks and not exact and walks * triton.cdiv(I, i) * triton.cdiv(J, j) < FEW:")
+        w("if not exact and programs(walks, I, J, i, j) < IDLE <= programs(walks, I, J):")
         w(f"    i, j, warps, stages = {NARROW}")
         w("i, j = (min(b, max(BLOCK, triton.next_power_of_2(n))) for b, n in ((i, I), (j, J)))")
         w('return {"BI": i, "BJ": j, "num_warps": warps, "num_stages": stages}')
@@ -330,6 +338,19 @@ def _schedules(made: list[tuple[ScanForm, dict[str, Kernel]]], w: Writer) -> Non
     with w.indented("def gate_parts(types: dict[str, Any], *gates: Tensor) -> int:"):
         w('"""In how many parts gates are summed: one, if they are stored in bfloat16."""')
         w('return min(types["PARTS"], 1 if all(g.dtype == torch.bfloat16 for g in gates) else 2)')
+
+
+def _join(w: Writer) -> None:
+    """What the walks of all matrix scans share where sequences are cut."""
+    kernel = join_kernel()
+    verify_kernel(kernel)
+    w()
+    w()
+    kernel.print(w)
+    w()
+    w()
+    for line in WALKS.strip().splitlines():
+        w(line)
 
 
 def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -> None:
@@ -353,12 +374,11 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
             w("initial = initial.contiguous()")
             w('kept = torch.bfloat16 if types["DOT"] == tl.bfloat16 else initial.dtype')
             w("states = initial.new_empty((tiles, H, I, J), dtype=kept)")
-            w("last = torch.empty_like(initial)")
             totals = _totals(form)
             for name, side in totals.items():
                 w(f"{name} = initial.new_empty((tiles, H, {side.upper()}), dtype=torch.float32)")
             forward, backward, (token,) = launches(form)
-            _launch(form, kernels, forward[0], w)
+            _walk(form, kernels, forward[0], w, "last", "initial", "states")
             for q, out in zip(form.queries, outs):
                 like = form.writes[0][q.side == "i"].name  # of the side that the result is over
                 w(f"{out} = torch.empty_like({like})")
@@ -414,28 +434,36 @@ def _totals(form: ScanForm) -> dict[str, str]:
     return {} if anchor is None or proven else {f"totals_{g.side}": g.side for g in form.wide()}
 
 
-def _launch(form: ScanForm, kernels: dict[str, Kernel], launch: T.Kernel, w: Writer,
-            rename: dict[str, str] | None = None) -> None:  # fmt: skip
-    """A launch: programs over rows (tiles or sequences), blocks of a side or both, heads. Where tiles may be mild, or
-    are proven to be, a second kernel has those in bfloat16; the first one then has the rest."""
+def _walk(form: ScanForm, kernels: dict[str, Kernel], launch: T.Kernel, w: Writer, last: str, initial: str,
+          states: str) -> None:  # fmt: skip
+    """A walk over tiles: its launch as a function, and `walked_tiles`, which calls it once or, for segments, twice."""
+    decays = "".join(f", decay_{g.side}: Tensor | None = None" for g in form.gates)
+    sides = "".join(g.side for g in form.gates)
+    w()
+    w("def launch(")
+    w("    segment: int, segments: int, initial: Tensor | None, states: Tensor | None, last: Tensor | None" + decays)
+    with w.indented(") -> None:"):
+        _call(kernels[launch.role], launch, w, {})
+    w()
+    w(f'{last} = walked_tiles(seq, launch, "{sides}", {initial}, {states})')
+
+
+def _launch(form: ScanForm, kernels: dict[str, Kernel], launch: T.Kernel, w: Writer) -> None:
+    """A launch over tiles, blocks of a side and heads. Where tiles may be mild, or are proven to be, a second kernel
+    has those in bfloat16; the first one then has the rest."""
     kernel = kernels[launch.role]
     anchor, proven = form.mild()
     mild = kernels.get(f"{launch.role}_{anchor}")
     if mild is None:
-        with w.indented(f"if {_rows(launch)}:"):
-            _call(kernel, launch, w, rename or {})
+        with w.indented("if tiles:"):
+            _call(kernel, launch, w, {})
         return
     with w.indented('if tiles and types["DOT"] == tl.bfloat16:'):
-        _call(mild, launch, w, rename or {})
+        _call(mild, launch, w, {})
         if not proven:
-            _call(kernel, launch, w, rename or {})
+            _call(kernel, launch, w, {})
     with w.indented("elif tiles:"):
         _call(kernel, launch, w, dict.fromkeys(_totals(form), "None"))
-
-
-def _rows(launch: T.Kernel) -> str:
-    """What a launch has programs for."""
-    return "seq.count" if launch.rows == "sequences" else "tiles"
 
 
 def _call(kernel: Kernel, launch: T.Kernel, w: Writer, rename: dict[str, str]) -> None:
@@ -448,9 +476,9 @@ def _call(kernel: Kernel, launch: T.Kernel, w: Writer, rename: dict[str, str]) -
     given = {"C": "TILE", "AI": "triton.next_power_of_2(I)", "AJ": "triton.next_power_of_2(J)", "GATE_PARTS": "parts"}
     given |= {c: c for c in ("H", "I", "J", "LEVELS")}
     given |= {c: f'types["{c}"]' for c in ("DOT", "PRECISION", "PARTS", "LIMIT")}
-    walks = ", seq.count * H" if launch.rows == "sequences" else ""
+    rows, walks = ("seq.count * segments", ", seq.count * H") if launch.rows == "sequences" else ("tiles", "")
     w(f'chosen = schedule("{kernel.name}", I, J, types{walks})')
-    w(f"{kernel.name}[({_rows(launch)} * H * {count},)](")
+    w(f"{kernel.name}[({rows} * H * {count},)](")
     w(f"    {', '.join(arguments)},")
     w(f"    {', '.join(f'{c}={given[c]}' for c in kernel.constants if c in given)}, **chosen,")
     w(")")
@@ -466,8 +494,8 @@ def _backward(form: ScanForm, kernels: dict[str, Kernel], backward: list[T.Kerne
             w(f"{g.name}_value = {g.name}")
     _prepare(form, w)
     w("d_last = d_last.contiguous()")
-    w("ends, d_initial = torch.empty_like(states), torch.empty_like(d_last)")
-    _launch(form, kernels, backward[0], w, {"initial": "d_last", "last": "d_initial", "states": "ends"})
+    w("ends = torch.empty_like(states)")
+    _walk(form, kernels, backward[0], w, "d_initial", "d_last", "ends")
     for o in form.operands():
         w(f"d_{o.name} = {_gradient_buffer(form, o)}")
     raised: set[str] = set()

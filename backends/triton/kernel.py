@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from chunkc.backends.writer import Writer
 
-RANKS = {"|": 1, "^": 2, "&": 3, "<": 0, "<=": 0, "==": 0, "!=": 0, ">": 0, ">=": 0, ">>": 4, "<<": 4, "+": 5,
-         "-": 5, "*": 6, "/": 6, "//": 6, "%": 6}  # fmt: skip
+RANKS = {"|": 1, "^": 2, "&": 3, "<": 0, "<=": 0, "==": 0, "!=": 0, ">": 0, ">=": 0, "is not": 0, ">>": 4, "<<": 4,
+         "+": 5, "-": 5, "*": 6, "/": 6, "//": 6, "%": 6}  # fmt: skip
 
 
 # What a loop may run over, by its number of steps; a size of the spec is one too.
@@ -20,6 +20,7 @@ OVER = {
     "count": "tiles",
     "whole": "whole tiles",  # of which all rows are there
     "tiles - whole": "tiles",
+    "own": "segments",
     "LEVELS": "levels",
     "levels": "levels",
     "upper_levels": "levels",
@@ -122,6 +123,11 @@ class Expr:
 
     def differs(self, other: Value) -> Expr:
         return self._infix("!=", other)
+
+    @property
+    def given(self) -> Expr:
+        """Whether an argument is there: constant, so that a kernel has no code for what is not."""
+        return self._infix("is not", "None")
 
     def to(self, dtype: str) -> Expr:
         """The value in another element type."""

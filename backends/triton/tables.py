@@ -10,7 +10,9 @@ from chunkc.backends.scan import ScanForm
 Schedule = tuple[int, int, int, int]  # columns of the sides i and j, warps, stages
 SAFE: Schedule = (64, 64, 8, 1)  # with products in float32, whose tiles take twice the room; on AMD's smaller memory
 NARROW: Schedule = (64, 64, 4, 3)  # of a walk over tiles
-FEW = 128
+IDLE = 128  # programs that leave a GPU idle
+CUT = 2048  # tokens of a segment, where sequences are cut
+JOINED = 512  # numbers of a state that a program takes along segments
 
 
 def default_schedule(form: ScanForm, role: str) -> Schedule:

@@ -26,7 +26,7 @@ from chunkc.backends.triton.kernel import (
 OPERATORS = {
     ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod: "%", ast.RShift: ">>", ast.LShift: "<<",
     ast.BitAnd: "&", ast.BitOr: "|", ast.BitXor: "^", ast.Lt: "<", ast.LtE: "<=", ast.Eq: "==", ast.Gt: ">",
-    ast.GtE: ">=", ast.NotEq: "!=", ast.Div: "/",
+    ast.GtE: ">=", ast.NotEq: "!=", ast.Div: "/", ast.IsNot: "is not",
 }  # fmt: skip
 assert set(OPERATORS.values()) == set(RANKS)
 

@@ -22,6 +22,7 @@ LENGTHS = (
     "rows",
     "tokens",
     "each",
+    "segment",
     "parts",
     "levels",
     "upper_levels",
@@ -167,6 +168,8 @@ class _Walk:
         return self.call(e, args, known)
 
     def infix(self, e: Expr, args: list[Known]) -> Known:
+        if e.op == "is not":
+            return Known()
         out = self.broadcast(*args)
         if any(a.pointer for a in args):
             if e.op != "+" or args[1].pointer:
@@ -183,7 +186,8 @@ class _Walk:
     def name(self, op: str, known: dict[str, Known]) -> Known:
         if op in known:
             return known[op]
-        if op.removeprefix("-")[0].isdigit() or op in ("True", 'float("-inf")', 'float("inf")') or op.startswith("("):
+        literals = ("True", "None", 'float("-inf")', 'float("inf")')
+        if op.removeprefix("-")[0].isdigit() or op in literals or op.startswith("("):
             return Known()
         raise self.fail(f"'{op}' is not defined")
 

@@ -90,6 +90,7 @@ class Caller:
                 self.call(dict.fromkeys(self.spaces, LONG), 1)
                 if self.offsets:
                     self.call(lengths, 1, packed=True)
+                    self.call(dict.fromkeys(self.spaces, LONG), 1, packed=True)
 
     def both(self, lengths: Mapping[str, int], more: Mapping[str, int], batch: int) -> None:
         """A call, and one that goes on from where it ended."""
