@@ -28,7 +28,7 @@ TABLES = ("tile_start_ptr", "tile_stop_ptr", "offsets_ptr", "first_tile_ptr")  #
 def sources(kernels: ModuleType) -> dict[str, Any]:
     """The jitted functions of a kernels module by name."""
     found = {n: f for n, f in vars(kernels).items() if isinstance(f, triton.runtime.jit.JITFunction)}
-    helpers = {"masked_sum", "join", "join_max", "walk", "walk_max", "times", "product", *PLACES}
+    helpers = {"masked_sum", "exp", "join", "join_max", "walk", "walk_max", "times", "product", *PLACES}
     return {n: f for n, f in found.items() if n not in helpers}
 
 
