@@ -30,7 +30,7 @@ INFIX: dict[str, Callable[[Any, Any], Any]] = {
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "tl.exp": torch.exp, "tl.log": torch.log, "tl.sqrt": torch.sqrt, "tl.abs": torch.abs, "tl.floor": torch.floor,
     "tl.sigmoid": torch.sigmoid, "tl.sin": torch.sin, "tl.cos": torch.cos, "tl.erf": torch.erf, "tl.trans": torch.t,
-    "tl.dot": torch.matmul, "product": lambda x: x.prod(0),
+    "exp": torch.exp, "tl.dot": torch.matmul, "product": lambda x: x.prod(0),
 }  # fmt: skip
 
 
@@ -163,6 +163,9 @@ class Launch:
         if e.op == "tl.sum":
             keep = dict(e.keywords).get("keep_dims") == "True"
             return args[0].sum(args[1], keepdim=keep)
+        if e.op == "tl.cumsum":
+            down = dict(e.keywords).get("reverse") == "True"
+            return args[0].flip(0).cumsum(0).flip(0) if down else args[0].cumsum(0)
         if e.op in ("tl.max", "tl.min"):
             return args[0].amax(args[1]) if e.op == "tl.max" else args[0].amin(args[1])
         if e.op in ("tl.where", "tl.maximum", "tl.minimum"):

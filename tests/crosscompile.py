@@ -29,7 +29,7 @@ DECAYS = ("decay_i_ptr", "decay_j_ptr")  # a walk that stores states at tiles' e
 def sources(kernels: ModuleType) -> dict[str, Any]:
     """The jitted functions of a kernels module by name."""
     found = {n: f for n, f in vars(kernels).items() if isinstance(f, triton.runtime.jit.JITFunction)}
-    helpers = {"masked_sum", "join", "join_max", "walk", "walk_max", "times", "product", *PLACES}
+    helpers = {"masked_sum", "exp", "join", "join_max", "walk", "walk_max", "times", "product", *PLACES}
     return {n: f for n, f in found.items() if n not in helpers}
 
 

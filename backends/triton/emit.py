@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -42,7 +43,7 @@ def kernels_of(form: ScanForm, lines: Lines, spans: dict[str, str]) -> dict[str,
     """The kernels of a scan by role: states, read_i, read_j, ends, grad_i, grad_j, edges and gate of a side, token.
 
     Kernels over a side of a tile that anchor its pairs are there twice, for tiles that decay little with the anchor
-    behind the role's name."""
+    behind the role's name. A gate's gradient is faster by levels than in blocks, which have more to hold."""
     forward, backward, _ = launches(form)
     anchor, proven = form.mild()
     choose = anchor is not None and not proven
@@ -57,7 +58,7 @@ def kernels_of(form: ScanForm, lines: Lines, spans: dict[str, str]) -> dict[str,
             plan = replace(_plan(form, launch), only=choose)
             name = f"{form.name}_{launch.role}"
             out[launch.role] = SideKernel(form, plan, name, spans).build()
-            if anchor is not None:
+            if anchor == "start" or anchor == "blocks" and not plan.gate:
                 plan, role = replace(plan, anchor=anchor), f"{launch.role}_{anchor}"
                 out[role] = SideKernel(form, plan, f"{form.name}_{role}", spans).build()
     out["token"] = step_kernel(form, lines)
@@ -245,12 +246,19 @@ def _settings(w: Writer) -> None:
         with w.indented("if PARTS == 0:"):
             w('total = tl.dot(mask.to(tl.float32), x, input_precision="ieee")')
         with w.indented("else:"):
+            w("ones = tl.where(mask, 1.0, 0.0).to(tl.bfloat16)")
             w("high = x.to(tl.bfloat16)")
-            w("total = tl.dot(mask.to(tl.bfloat16), high)")
+            w("total = tl.dot(ones, high)")
             with w.indented("if PARTS == 2:"):
                 w("low = (x - high.to(tl.float32)).to(tl.bfloat16)")
-                w("total = tl.dot(mask.to(tl.bfloat16), low, total)")
+                w("total = tl.dot(ones, low, total)")
         w("return total")
+    w()
+    w()
+    w("@triton.jit")
+    with w.indented("def exp(x):"):
+        w('"""A decay. What tl.exp does to keep results below 1e-38 is left out."""')
+        w(f"return tl.exp2(x * {math.log2(math.e)})")
 
 
 # Functions beside the kernels by name: arguments, docstring, a condition on what is constant, and what is found if it

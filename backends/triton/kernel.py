@@ -172,6 +172,11 @@ def exp(x: Expr) -> Expr:
     return call("tl.exp", x)
 
 
+def cumsum(x: Expr, reverse: bool = False) -> Expr:
+    """For each row, the sum of the rows up to it and itself, or from it on."""
+    return call("tl.cumsum", x, 0, **({"reverse": "True"} if reverse else {}))
+
+
 def trans(x: Expr) -> Expr:
     return call("tl.trans", x)
 

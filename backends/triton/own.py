@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from chunkc.backends.scan import Operand
-from chunkc.backends.triton.kernel import Expr, Kernel, call, dot, exp, masked_sum, rounded, trans, where
+from chunkc.backends.triton.kernel import Expr, Kernel, call, cumsum, dot, masked_sum, rounded, trans, where
 from chunkc.backends.triton.side import ZEROS, SideBase
-from chunkc.backends.triton.tile import SIZE, block, real
+from chunkc.backends.triton.tile import SIZE, block, exp, real
 
 WHOLE = Expr("PARTS").same(0)  # sums are in float32
 
@@ -40,8 +40,7 @@ class SideKernel(SideBase):
         if self.thin is not None:
             self.thin_decays(self.thin)
         for m, r in self.pairs:
-            for name in self.score_names(m, r):
-                self.b.let(name, call(ZEROS, "(C, C)", "tl.float32"))
+            self.b.let(f"score_{m}{r}", call(ZEROS, "(C, C)", "tl.float32"))
             if self.diagonals() and not self.on_diagonal():
                 self.b.let(f"own_{m}{r}", call(ZEROS, "(C,)", "tl.float32"))
         if self.plan.gate:
@@ -73,7 +72,7 @@ class SideKernel(SideBase):
         self.load_own()
         return gate
 
-    def own_pairs(self, name: str, prefix: str = "near_") -> None:
+    def own_pairs(self, name: str) -> None:
         """What each token's read of its own write, which no gate decays, adds to a read or gradient."""
         if not self.diagonals():
             return
@@ -81,9 +80,9 @@ class SideKernel(SideBase):
             read, write = self.operands(m, r, self.x)
             own = Expr(f"own_{m}{r}").rows
             if m in self.reads and name == self.read_name(m):
-                self.b.add(Expr(f"{prefix}{name}"), own * real(write))
+                self.b.add(Expr(name), own * real(write))
             if r in self.writes and name == self.write_name(r):
-                self.b.add(Expr(f"{prefix}{name}"), own * real(read))
+                self.b.add(Expr(name), own * real(read))
 
     def store(self, name: str, value: Expr | None = None) -> None:
         b, x = self.b, self.x
@@ -134,7 +133,7 @@ class SideKernel(SideBase):
             wanted = [(self.read_name(m), write, "earlier")] if m in self.reads else []
             wanted += [(self.write_name(r), read, "later")] if self.writes else []
             for name, factor, mask in wanted:
-                part_of = dot(self.used(m, r, t.mask(mask) if self.both else self.half), factor)
+                part_of = dot(self.used(m, r, t.mask(mask) if self.both else self.half(reads=bool(self.reads))), factor)
                 parts[name] = parts[name] + part_of if name in parts else part_of
         if self.thin is not None:
             for name, decay in decays.items():
@@ -144,7 +143,7 @@ class SideKernel(SideBase):
         for name, part_of in parts.items():
             b.add(Expr(name), part_of)
         for name in decays:
-            self.own_pairs(name, "")
+            self.own_pairs(name)
         for name in self.outputs()[: len(self.plan.reads) + len(self.plan.writes)]:
             self.store(name)
         if self.plan.gate:
@@ -182,126 +181,138 @@ class SideKernel(SideBase):
     # -- a gate for each number ----------------------------------------------------------------------------------------
 
     def gated(self) -> None:
-        """Products with decayed factors, decayed: one gradient after the other, each with its pairs and what a state
-        gives, so that few sums are on chip at once. Own operands are loaded anew for each, from cache: kept, they would
-        spill.
+        """Products with decayed factors, decayed: pairs inside the tile, and what states give at its edges.
 
         A log-gate's gradient is what passes it: pairs enter at the read and leave at the write, so that a sum from
         the end has those that straddle a gate; what comes from the tile's start is read behind it; what goes to its end
         was written before, which is all of it less what is written later; the start's own way to the end passes all
-        gates. The two terms of a pair have the same rounded factors, so that they cancel to what a sum's parts hold. In
-        float32 that is not enough, and nothing is subtracted: with levels, each pair's share goes to the gates between
-        its tokens ([ADR 3] in `docs/adr`)."""
-        b, t = self.b, self.t
-        assert self.own is not None
+        gates. The two terms of a pair have the same rounded factors, so that they cancel to float32's digits. With
+        products in float32 that is not enough, and nothing is subtracted: with levels, each pair's share goes to the
+        gates between its tokens ([ADR 3] in `docs/adr`)."""
+        for name in [*(self.read_name(m) for m in self.reads), *(self.write_name(r) for r in self.writes)]:
+            self.zeros(name)
         with self.blocks() as part:
-            self.across(part, self.far_names(), scores=True)
-        self.join_scores()
-        if self.plan.gate:
-            for name in ("flow", *(() if t.late else ("flow_in",))):
-                self.zeros(name)
-            b.let("passed", call(ZEROS, f"({block(self.x)},)", "tl.float32"))
-            if self.plan.anchor == "levels":
-                self.zeros(f"d_{self.own.name}")
-        if self.plan.anchor != "start":
-            gate = self.load_gated()
-            for name in [*(self.read_name(m) for m in self.reads), *(self.write_name(r) for r in self.writes)]:
-                self.zeros(f"near_{name}")
-            self.by_levels(gate)
-        for r in self.writes:
-            self.gradient(self.write_name(r), writes=(r,))
-        for m in self.reads:
-            self.gradient(self.read_name(m), reads=(m,))
-        if self.plan.gate:
-            total = masked_sum(t.mask("later"), Expr("flow"), "PARTS") + Expr("passed").cols
-            total = total + "flow" if t.late else total - "flow_in"
-            if self.plan.anchor == "levels":
-                with b.when(WHOLE):
-                    b.add(Expr(f"d_{self.own.name}"), Expr("passed").cols)
-                with b.otherwise():
-                    b.let(f"d_{self.own.name}", total)
-            else:
-                b.let(f"d_{self.own.name}", total)
-            self.store(f"d_{self.own.name}")
-
-    def gradient(self, name: str, reads: tuple[int, ...] = (), writes: tuple[int, ...] = ()) -> None:
-        """A read, or a gradient: from pairs inside the tile, and from the state at an edge, decayed on its way."""
-        b, t = self.b, self.t
-        gate = self.load_gated()
+            self.across(part, self.far_names(), scores=True, reads=self.reads, writes=self.writes, edges=self.plan.gate)
         if self.plan.anchor == "start":
-            self.zeros(f"near_{name}")
-            self.at_start(self.since(gate, "near", t.mask("upto")), reads, writes)
-        elif self.plan.anchor == "blocks":
-            same = self.same_block()
-            self.at_start(self.since(gate, "near", t.mask("upto") & same), reads, writes, same)
-        self.own_pairs(name)
-        with_edges = self.plan.gate and reads[:1] == (0,)
-        pair = self.readers[reads[0]] if reads else self.writers[writes[0]]
-        self.zeros(name)
-        with self.blocks() as part:
-            self.across(part, [pair.on(self.o)], reads=reads, writes=writes, edges=with_edges)
-        b.let(name, Expr(name) * (t.from_start if reads else t.to_end)(gate, False))
-        if name in self.outputs():  # before the gate's gradient, so that pairs are on chip no longer
-            self.store(name, Expr(name) + f"near_{name}")
+            self.at_start()
+        else:
+            self.join_scores()
+            gate = self.load_gated()
+            self.from_edges(gate)
+            self.by_levels(gate)
+            if self.plan.anchor == "blocks":
+                self.inside_own_blocks(gate)
+            for name in self.outputs()[: len(self.plan.reads) + len(self.plan.writes)]:
+                self.store(name)
         if self.plan.gate:
-            flow = b.let("flowing", real(pair.on(self.x)) * name)
-            behind = "onward" if t.late else "later"
-            with self.cancelling(t.mask(behind if reads else "earlier"), flow):
-                if reads:
-                    b.add(Expr("flow"), flow)
-                else:
-                    self.flow_back(flow)
-                    b.add(Expr("passed"), call("tl.sum", flow, 0))
-        if with_edges:
-            b.add(Expr("passed"), Expr("edges") * t.total(gate, False))
+            self.log_gate()
 
-    def half_of(self, m: int, r: int, mask: Expr, same: Expr | None) -> Expr:
-        """Scores of reads, or of writes: apart from each other already, if whole tiles are anchored at their start."""
-        if same is not None or not self.both:
-            return self.used(m, r, mask)
-        return Expr(self.score_names(m, r)[mask.op == "later"])
+    def log_gate(self) -> None:
+        """The gradient of the log-gate. The sum from the end is faster by a scan with the one anchor, and by a product
+        with the other, which has fewer registers left."""
+        b, flow, gradient = self.b, Expr("flow"), Expr(f"d_{self.gate_operand().name}")
+        if self.plan.anchor == "start":
+            b.let(gradient.op, self.passing(cumsum(flow, reverse=True)))
+        else:
+            with b.when(WHOLE):
+                b.add(gradient, Expr("passed").cols)
+            with b.otherwise():
+                b.let(gradient.op, self.passing(masked_sum(self.t.mask("later"), flow, "PARTS") + flow))
+        self.store(gradient.op)
+
+    def passing(self, onward: Expr) -> Expr:
+        """What passes each gate, from the sum of flows from its token on."""
+        total = onward + Expr("passed").cols
+        return total if self.t.late else total - "flow_of_reads"
+
+    def at_start(self) -> None:
+        """Operands are brought to the tile's start: reads by their decay from there, writes by its inverse. What states
+        give and what pairs give is one sum there, which is brought back."""
+        b, t = self.b, self.t
+        low, high = self.halves()
+        gate = self.load_gated()
+        since = self.since(gate, "near", cumsum(gate))
+        decay, inverse = exp(since), exp(-Expr("near"))
+        readers, writers = self.brought(decay, inverse)
+        if self.writes:
+            whole = b.let("whole", t.total(gate, False))
+            for r in self.writes:
+                b.let(self.write_name(r), Expr(self.write_name(r)) * whole.cols)
+        if self.plan.gate:
+            before = b.let("before", _total([real(writers[r]) * self.write_name(r) for r in self.writes]))
+            b.let("passed", call("tl.sum", before, 0) + Expr("edges") * "whole")
+        for r in self.writes:
+            for m in self.reading:
+                b.add(Expr(self.write_name(r)), dot(high[m, r], readers[m]))
+            if r in self.plan.writes:
+                self.store(self.write_name(r), Expr(self.write_name(r)) * inverse)
+        for m in self.reads:
+            for r in range(len(self.writers)):
+                b.add(Expr(self.read_name(m)), dot(low[m, r], writers[r]))
+            if m in self.plan.reads:
+                self.store(self.read_name(m), Expr(self.read_name(m)) * decay)
+        if self.plan.gate:
+            read = _total([real(readers[m]) * self.read_name(m) for m in self.reads])
+            if not t.late:
+                read = b.let("flow_of_reads", read)
+            b.let("flow", read - _total([real(writers[r]) * self.write_name(r) for r in self.writes]))
+
+    def halves(self) -> tuple[dict[tuple[int, int], Expr], dict[tuple[int, int], Expr]]:
+        """Scores of each read's row with all writes, and of each write's row with all reads."""
+        first = self.half(reads=bool(self.reads))
+        scores = {(m, r): self.b.let(f"score_{m}{r}", self.used(m, r, first).to("DOT")) for m, r in self.pairs}
+        return scores, {at: trans(x) for at, x in scores.items()} if self.reads else scores
+
+    def brought(self, decay: Expr, inverse: Expr) -> tuple[dict[int, Expr], dict[int, Expr]]:
+        """Factors of reads and writes at their start, in the digits that a product takes, as far as they are used."""
+        readers = {m: rounded(real(self.readers[m].on(self.x)) * decay) for m in self.reading if self.writes}
+        writers = {r: rounded(real(p.on(self.x)) * inverse) for r, p in enumerate(self.writers) if self.reads}
+        return ({m: self.b.let(f"reader_{m}", x) for m, x in readers.items()},
+                {r: self.b.let(f"writer_{r}", x) for r, x in writers.items()})  # fmt: skip
+
+    def from_edges(self, gate: Expr) -> None:
+        """What states at the tile's edges give, decayed on its way, and what of it passes the gates."""
+        b, t = self.b, self.t
+        if self.plan.gate:
+            self.zeros("flow")
+            if not t.late:
+                self.zeros("flow_of_reads")
+            b.let("passed", Expr("edges") * t.total(gate, False))
+            self.zeros(f"d_{self.gate_operand().name}")
+        for r in self.writes:
+            d_write = b.let(self.write_name(r), Expr(self.write_name(r)) * t.to_end(gate, False))
+            if self.plan.gate:
+                flow = b.let("flowing", real(self.writers[r].on(self.x)) * d_write)
+                with self.cancelling(t.mask("earlier"), flow):
+                    b.add(Expr("flow"), -flow)
+                    b.add(Expr("passed"), call("tl.sum", flow, 0))
+        for m in self.reads:
+            d_read = b.let(self.read_name(m), Expr(self.read_name(m)) * t.from_start(gate, False))
+            if self.plan.gate:
+                flow = b.let("flowing", real(self.readers[m].on(self.x)) * d_read)
+                with self.cancelling(self.behind, flow):
+                    b.add(Expr("flow"), flow)
+                    if not t.late:
+                        b.add(Expr("flow_of_reads"), flow)
+        for name in [*(self.write_name(r) for r in self.writes), *(self.read_name(m) for m in self.reads)]:
+            self.own_pairs(name)
+
+    @property
+    def behind(self) -> Expr:
+        """For each gate the reads that are behind it."""
+        return self.t.mask("onward" if self.t.late else "later")
 
     @contextmanager
     def cancelling(self, passes: Expr, flow: Expr) -> Iterator[None]:
         """What is done of a flow where it may be subtracted; else it goes to the gates whose rows a mask names."""
-        if self.plan.anchor != "levels":
-            yield
-            return
-        assert self.own is not None
         with self.b.when(WHOLE):
-            self.b.add(Expr(f"d_{self.own.name}"), masked_sum(passes, flow, "PARTS"))
+            self.b.add(Expr(f"d_{self.gate_operand().name}"), masked_sum(passes, flow, "PARTS"))
         with self.b.otherwise():
             yield
 
-    def flow_back(self, value: Expr) -> None:
-        """What leaves at a write."""
-        self.b.add(Expr("flow"), -value)
-        if not self.t.late:
-            self.b.add(Expr("flow_in"), value)
-
-    def at_start(self, since: Expr, reads: tuple[int, ...], writes: tuple[int, ...], same: Expr | None = None) -> None:
-        """Pairs of the tile, or of a block, all anchored at its start."""
-        b, t = self.b, self.t
-        decay, inverse = exp(since), exp(-Expr("near"))
-        low, high = (t.mask(m) if same is None else t.mask(m) & same for m in ("earlier", "later"))
-        for m, r in self.pairs:
-            read, write = self.operands(m, r, self.x)
-            if m in reads:
-                part = b.let("crossing", dot(self.half_of(m, r, low, same), rounded(real(write) * inverse)))
-                own = b.let("decay", decay)
-                if self.plan.gate:
-                    b.add(Expr("flow"), real(rounded(real(read) * own)) * part)
-                b.add(Expr(f"near_{self.read_name(m)}"), part * own)
-            if r in writes:
-                part = b.let("crossing", dot(self.half_of(m, r, high, same), rounded(real(read) * decay)))
-                own = b.let("inverse", inverse)
-                if self.plan.gate:
-                    self.flow_back(b.let("flowing", real(rounded(real(write) * own)) * part))
-                b.add(Expr(f"near_{self.write_name(r)}"), part * own)
-
     def by_levels(self, gate: Expr) -> None:
         """Each pair in the block whose middle lies between its tokens, from the largest block down."""
-        b = self.b
+        b, t = self.b, self.t
         with self.levels() as step:
             pair, factor = self.level(step, gate)
             upper = Expr("upper").rows
@@ -312,17 +323,31 @@ class SideKernel(SideBase):
                 rows = b.let("rows", rounded(where(upper, reader, writer) * factor))
                 part = b.let("crossing", dot(self.used(m, r, pair), rows))
                 if m in self.reads:
-                    b.add(Expr(f"near_{self.read_name(m)}"), where(upper, part * factor, 0.0))
+                    b.add(Expr(self.read_name(m)), where(upper, part * factor, 0.0))
                 if self.writes:
-                    b.add(Expr(f"near_{self.write_name(r)}"), where(upper, 0.0, part * factor))
+                    b.add(Expr(self.write_name(r)), where(upper, 0.0, part * factor))
                 if self.plan.gate:
                     flow = b.let("flowing", real(rows) * part)
-                    behind = self.t.mask("onward" if self.t.late else "later")
                     same = Expr("half").rows.same(Expr("half").cols)
-                    with self.cancelling(same & where(upper, behind, self.t.mask("earlier")), flow):
+                    with self.cancelling(same & where(upper, self.behind, t.mask("earlier")), flow):
                         b.add(Expr("flow"), where(upper, flow, -flow))
-                        if not self.t.late:
-                            b.add(Expr("flow_in"), where(upper, 0.0, flow))
+                        if not t.late:
+                            b.add(Expr("flow_of_reads"), where(upper, flow, 0.0))
+
+    def inside_own_blocks(self, gate: Expr) -> None:
+        """Pairs inside a block, anchored at its start."""
+        b, t = self.b, self.t
+        same = self.same_block()
+        since = self.since(gate, "near", masked_sum(t.mask("upto") & same, gate, "GATE_PARTS"))
+        decay, inverse = exp(since), exp(-Expr("near"))
+        readers, writers = self.brought(decay, inverse)
+        for m, r in self.pairs:
+            if r in self.writes:
+                part = b.let("crossing", dot(self.used(m, r, self.half(reads=False) & same), readers[m]))
+                b.add(Expr(self.write_name(r)), part * inverse)
+            if m in self.reads:
+                part = b.let("crossing", dot(self.used(m, r, self.half(reads=True) & same), writers[r]))
+                b.add(Expr(self.read_name(m)), part * decay)
 
 
 def _total(terms: list[Expr]) -> Expr:

@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from chunkc.backends.scan import Anchor, Operand, ScanForm, Side
-from chunkc.backends.triton.kernel import Expr, call, dot, exp, masked_sum, trans, where
-from chunkc.backends.triton.tile import OneSide, block, real, scaled
+from chunkc.backends.triton.kernel import Expr, call, dot, masked_sum, trans, where
+from chunkc.backends.triton.tile import OneSide, block, exp, real, scaled
 
 ZEROS = "tl.zeros"
 BLOCK = Expr("LEVELS") - 2  # the logarithm of a block's size
@@ -97,15 +97,9 @@ class SideBase(OneSide):
         return self.b.let(name, call(ZEROS, f"(C, {block(self.x)})", "tl.float32"))
 
     def diagonals(self) -> bool:
-        """Whether a token's read of its own write is kept apart: scores of both halves have no place for it, and a
-        gate's gradient has no part in it."""
-        return self.t.late and (self.both or self.own is not None)
-
-    def score_names(self, m: int, r: int) -> list[str]:
-        """Scores of each read's row with all writes, and of each write's row with all reads; both are summed apart,
-        where both are wanted, and then become one matrix."""
-        score = f"score_{m}{r}"
-        return [score, f"back_{m}{r}"] if self.both else [score]
+        """Whether a token's read of its own write is kept apart: scores of both halves have no place for it, nor has a
+        level. What is anchored at a start has."""
+        return self.t.late and (self.plan.anchor == "levels" if self.own is not None else self.both)
 
     def on_diagonal(self) -> bool:
         """Whether a token's read of its own write stands in the scores."""
@@ -113,29 +107,23 @@ class SideBase(OneSide):
 
     def add_scores(self, m: int, r: int, read: Expr, write: Expr, mask: Expr | None = None) -> None:
         """Products of reads with writes, of the pairs that a mask names."""
-        products = [dot(read, trans(write)), dot(write, trans(read))]
-        wanted = products if self.both else products[:1] if self.reads else products[1:]
-        for name, product in zip(self.score_names(m, r), wanted):
-            self.b.add(Expr(name), product if mask is None else where(mask, product, 0.0))
+        product = dot(read, trans(write)) if self.reads else dot(write, trans(read))
+        self.b.add(Expr(f"score_{m}{r}"), product if mask is None else where(mask, product, 0.0))
 
     def join_scores(self) -> None:
         """One matrix: its lower half belongs to reads, its upper half to writes."""
         b, row = self.b, Expr("row")
         for m, r in self.pairs if self.both else ():
-            low, high = (Expr(n) for n in self.score_names(m, r))
+            score = Expr(f"score_{m}{r}")
             if self.diagonals() and self.on_diagonal():
-                b.let(f"own_{m}{r}", call("tl.sum", where(row.rows.same(row.cols), low, 0.0), 1))
-            if self.plan.anchor == "start" and self.own is not None:
-                b.let(low.op, where(self.t.mask("earlier"), low, 0.0).to("DOT"))
-                b.let(high.op, where(self.t.mask("later"), high, 0.0).to("DOT"))
-                continue
-            joined = where(self.t.mask("earlier"), low, high)
-            b.let(low.op, joined if self.thin is not None else joined.to("DOT"))
+                b.let(f"own_{m}{r}", call("tl.sum", where(row.rows.same(row.cols), score, 0.0), 1))
+            if self.thin is None:
+                b.let(score.op, score.to("DOT"))
+            b.let(score.op, where(self.t.mask("earlier"), score, trans(score)))
 
-    @property
-    def half(self) -> Expr:
-        """The pairs that scores are used for, where they are of reads or of writes alone."""
-        return self.t.since if self.reads else self.t.mask("onward" if self.t.late else "later")
+    def half(self, reads: bool) -> Expr:
+        """The pairs of reads, a row's with all writes; or of writes, a row's with all reads."""
+        return self.t.since if reads else self.t.mask("onward" if self.t.late else "later")
 
     def used(self, m: int, r: int, mask: Expr) -> Expr:
         """Scores of the pairs that a mask names."""
@@ -175,7 +163,7 @@ class SideBase(OneSide):
             t.load(n, o)
         since = None
         if gate is not None and (reads or scores):
-            since = self.since(gate, f"sums_{o}", t.mask("upto"))
+            since = self.since(gate, f"sums_{o}", masked_sum(t.mask("upto"), gate, "GATE_PARTS"))
         wanted = self.reading if scores else reads
         reading = {m: scaled(self.readers[m].on(o), None if since is None else exp(since)) for m in wanted}
         if since is not None:
@@ -194,10 +182,10 @@ class SideBase(OneSide):
         if scores:
             self.scores(reading, gate)
 
-    def since(self, gate: Expr, name: str, mask: Expr) -> Expr:
+    def since(self, gate: Expr, name: str, upto: Expr) -> Expr:
         """For each token the sum of gates up to its read, from the tile's start or its block's; and `name`, up to its
         write."""
-        sums = self.b.let(name, masked_sum(mask, gate, "GATE_PARTS"))
+        sums = self.b.let(name, upto)
         return sums if self.t.late else self.b.let(f"{name}_read", sums - gate)
 
     def state(self, which: str) -> Expr:
@@ -235,8 +223,7 @@ class SideBase(OneSide):
                 read, write = self.operands(m, r, self.o)
                 rows = b.let(f"rows_{m}{r}", where(Expr("upper").rows, real(read), real(write)) * factor)
                 product = b.let("crossing", where(pair, dot(rows, trans(rows)), 0.0))
-                for name in self.score_names(m, r):
-                    b.add(Expr(name), product)
+                b.add(Expr(f"score_{m}{r}"), product)
         self.inside_blocks(gate)
 
     def inside_blocks(self, gate: Expr) -> None:
@@ -244,7 +231,7 @@ class SideBase(OneSide):
         b = self.b
         if self.plan.anchor == "blocks":
             same = self.same_block()
-            since = self.since(gate, "near", self.t.mask("upto") & same)
+            since = self.since(gate, "near", masked_sum(self.t.mask("upto") & same, gate, "GATE_PARTS"))
             inverse = b.let("inverse", exp(-Expr("near")))
             for m, r in self.pairs:
                 read, write = self.operands(m, r, self.o)

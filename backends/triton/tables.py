@@ -24,5 +24,5 @@ def default_schedule(form: ScanForm, role: str) -> Schedule:
     side = role.split("_")[1]
     stages = 3 if any(g.thin for g in form.gates) else 2
     if role.startswith("grad") and any(g.side == side for g in form.gates):  # it has the gate's gradient to hold, too
-        return (64, 64, 4, stages if form.gates[0].thin else 1)
+        return 64, 64, 4, 3 if role.endswith("start") else stages
     return (128, 64, 4, stages) if side == "i" else (64, 128, 4, stages)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from chunkc.backends.scan import Operand, Pair, ScanForm, Side, other
-from chunkc.backends.triton.kernel import Builder, Expr, Let, Statement, call, exp, masked_sum, where
+from chunkc.backends.triton.kernel import Builder, Expr, Let, Statement, call, masked_sum, where
 
 SIZE = {"i": "I", "j": "J"}
 FLOOR = "-128.0"  # of a log-gate: exp of it is 0 in float32, and sums of a tile's stay small enough to be subtracted
@@ -36,6 +36,11 @@ def scaled(x: Expr | str, factor: Expr | None) -> Expr:
     """An operand times a decay: as it was loaded, if there is none."""
     x = x if isinstance(x, Expr) else Expr(x)
     return x if factor is None else real(x) * factor
+
+
+def exp(x: Expr) -> Expr:
+    """A decay, by the function beside the kernels."""
+    return call("exp", x)
 
 
 @dataclass
@@ -157,10 +162,9 @@ class Tile:
         half = b.let("half", row >> level)
         upper = b.let("upper", (half & 1).same(1), "in the later half of its block")
         pair = b.let("pair", Expr("^", (half.rows, half.cols)).same(1), "across the middle of a block")
-        middle = b.let("middle", Expr("<<", (half | 1, level)), "the first token of that half")
-        first = b.let("first", where(upper, middle, row + 1))
-        last = b.let("last", where(upper, row if self.late else row - 1, middle - 1))
-        inner = (row.cols >= first.rows) & (row.cols <= last.rows)
+        first = b.let("first", where(upper, row if self.late else row + 1, Expr("<<", (half, level))))
+        last = b.let("last", where(upper, Expr("<<", (half + 1, level)) - 1, row - 1))
+        inner = (row.rows >= first.cols) & (row.rows <= last.cols)
         b.let("inner", inner, "gates between a token and the middle")
         return pair, b.let("decay", exp(self.sums(Expr("inner"), gate, thin)))
 

@@ -15,7 +15,7 @@ from chunkc.backends.triton.text import parse_expr
 Shape = tuple[str, ...]
 ELEMENTWISE = (
     "tl.where", "tl.maximum", "tl.minimum", "tl.exp", "tl.log", "tl.sqrt", "tl.abs", "tl.floor", "tl.sigmoid", "tl.sin",
-    "tl.cos", "tl.erf", "neg",
+    "tl.cos", "tl.erf", "neg", "exp",
 )  # fmt: skip
 LENGTHS = (
     "queries",
@@ -195,7 +195,7 @@ class _Walk:
         keywords = dict(e.keywords)
         if e.op in ("tl.program_id", "tl.cdiv", *PLACES):
             return Known()
-        if e.op in (".to", "tl.max_contiguous", "rounded"):
+        if e.op in (".to", "tl.max_contiguous", "rounded", "tl.cumsum"):
             return args[0]
         if e.op == "tl.arange":
             return Known((e.args[1].op,))
