@@ -8,8 +8,8 @@ the walk, which for gradients is from the last token to the first."""
 from __future__ import annotations
 
 from chunkc.backends.scan import Operand, ScanForm, Side
-from chunkc.backends.triton.kernel import Builder, Expr, Kernel, call, dot, exp, maximum, trans, where
-from chunkc.backends.triton.tile import FLOOR, SIZE, Tile, block, notes_of, real, scaled
+from chunkc.backends.triton.kernel import Builder, Expr, Kernel, call, dot, maximum, trans, where
+from chunkc.backends.triton.tile import FLOOR, SIZE, Tile, block, exp, notes_of, real, scaled
 from chunkc.backends.writer import Lines
 
 SIDES: tuple[Side, Side] = ("i", "j")
