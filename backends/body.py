@@ -36,6 +36,7 @@ class Body(Loops):
         self.attribute: Callable[[str], str] = param_name
         self.states = [f for f in fields(self.graph) if f.kind == "state"]
         self.started: set[str] = set()
+        self.optional = optional_states(unit)
         self.fields = {f.node: f for f in fields(self.graph) if f.kind != "state" and f.node}
         self.attentions: Mapping[str, list[Tile]] = {}
         self.wide: dict[str, str] = {}  # inputs that are also kept as they are stored
@@ -191,10 +192,17 @@ class Body(Loops):
         state = next(f for f in self.states if f.name == name)
         given = state_name(name)
         c = N.Carried(name=name, axes=state.axes, dtype=state.dtype, initial=state.node, result="")
-        fresh = self.fresh_state(c)
+        fresh, wide = self.fresh_state(c), f"{given}.to({self.dtype(self.graph_like(c))})"
+        if name in self.optional:
+            self.w(f"if {given} is not None:")
+            self.w(f"    {given} = {wide}")
+            if self.unit.kind == "op":
+                self.w("elif output_final_state:  # a scan that is given no state gives none")
+                self.w(f"    {given} = {fresh}")
+            return
         if self.unit.parallel is not None:
             fresh = fresh.replace(f"{self.main}.count", "_documents")
-        self.w(f"{given} = {fresh} if {given} is None else {given}.to({self.dtype(self.graph_like(c))})")
+        self.w(f"{given} = {fresh} if {given} is None else {wide}")
 
     def bind(self) -> None:
         """Inputs and parameters under their names."""
@@ -383,7 +391,9 @@ class Body(Loops):
             call.append(f"lay({text}, ({seq}.rows, {seq}.tokens, {', '.join(dims)}), {heads})")
         size = ", ".join(f"math.prod(({''.join(a + ', ' for a in side)}))" for side in (node.batch, node.i, node.j))
         start = f"{initial}.reshape(({seq}.count, {size}))"
-        if node.id in self.operations:
+        if node.name in self.optional:
+            start = f"None if {state_name(node.name)} is None else {start}"
+        elif node.id in self.operations:
             read = [o.name for o in (*form.gates, *(o for pair in form.writes for o in pair))]
             start = self.enter(node, initial, size, call, read)
         results = [self.fresh(f"read_{q.name}") for q in form.queries]
@@ -399,7 +409,8 @@ class Body(Loops):
                 self.names[outs[index].id] = name
         axes = (*node.batch, *node.i, *node.j)
         final = f"{last}.reshape({', '.join([f'{seq}.count', *axes])})"
-        self.scan_out(node, final, axes, outs.get(len(form.queries)))
+        absent = f"None if {last} is None else " if node.name in self.optional else ""
+        self.scan_out(node, final, axes, outs.get(len(form.queries)), absent)
 
     def state_in(self, node: N.Scan, axes: tuple[str, ...]) -> str:
         """The state that a scan starts from, in this order of axes; within chunks, one for each."""
@@ -411,12 +422,13 @@ class Body(Loops):
             text += f".permute(0, {', '.join(str(1 + node.declared.index(a)) for a in axes)})"
         return text
 
-    def scan_out(self, node: N.Scan, text: str, axes: tuple[str, ...], out: N.Out | None) -> None:
+    def scan_out(self, node: N.Scan, text: str, axes: tuple[str, ...], out: N.Out | None, absent: str = "") -> None:
+        """The state after a call, in the declared order of axes; `absent` says what it is if the scan gives none."""
         if node.declared != axes:
             text += f".permute(0, {', '.join(str(1 + axes.index(a)) for a in node.declared)})"
         if node.within is not None:
             text = f"{self.chunks(node.within)}.leave({text}, {state_name(node.name)})"
-        self.finish(node.name, text, out)
+        self.finish(node.name, absent + text, out)
 
     def state_out(self, name: str, text: str, axes: tuple[str, ...], out: N.Out | None) -> None:
         assert axes == declared_axes(self.graph, name)
@@ -426,6 +438,18 @@ class Body(Loops):
         self.w(f"{next_name(name)} = {text}")
         if out is not None:
             self.names[out.id] = next_name(name)
+
+
+def optional_states(unit: Unit) -> frozenset[str]:
+    """The matrix scans that start at zero, and whose last state is for the caller alone: where no state is given and
+    none is asked for, neither is made."""
+    users, outputs = unit.graph.users(), {id_ for _, id_ in unit.graph.outputs}
+
+    def alone(scan: N.Scan) -> bool:
+        last = [u for u in users[scan.id] if isinstance(u, N.Out) and u.index == len(scan.queries)]
+        return scan.initial is None and scan.within is None and not any(users[u.id] or u.id in outputs for u in last)
+
+    return frozenset(s.name for s in matrix_scans(unit.graph) if unit.parallel is None and alone(s))
 
 
 def matrix_scans(graph: Graph) -> list[N.Scan]:

@@ -55,9 +55,10 @@ def calls(caller: Caller) -> None:
     for gradients, batch, first, more in itertools.product((True, False), (1, 3), (1, 64, 250, 255), (1, 7, 16)):
         with torch.set_grad_enabled(gradients and first > 1 and more > 1):
             caller.both({"t": first}, {"t": more}, batch)
-    caller.call({"t": 5000}, 1)
-    caller.call({"t": 100}, 1, packed=True)
-    caller.call({"t": 5000}, 1, packed=True)
+    for keeps in (True, False):
+        caller.call({"t": 5000}, 1, keeps=keeps)
+        caller.call({"t": 100}, 1, packed=True, keeps=keeps)
+        caller.call({"t": 5000}, 1, packed=True, keeps=keeps)
 
 
 VERSION = triton.__version__

@@ -44,13 +44,15 @@ def emit(text: str, folder: Path, name: str = "case.spec") -> tuple[ModuleType, 
 
 @dataclass
 class Case:
-    """One comparison: a unit, its settings, the lengths of its sequences, the inputs' dtype."""
+    """One comparison: a unit, its settings, the lengths of its sequences, the inputs' dtype; whether it goes on from a
+    state, and `keeps` the one after it."""
 
     settings: Mapping[str, Any]
     lengths: Sequence[int]
     packed: bool = False
     dtype: torch.dtype = torch.float32
     resume: bool = False
+    keeps: bool = True
     seed: int = 0
     values: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
@@ -119,10 +121,11 @@ def call(module: ModuleType, unit: Unit, case: Case, inputs: dict[str, Tensor], 
             extra["initial_state"] = next(iter(initial.values())) if len(initial) == 1 else tuple(initial.values())
         fields = state_shapes(unit, case)
         result = getattr(module, unit.name)(**shaped, **weights, **open_, **extra,
-                                            **({"output_final_state": True} if fields else {}))  # fmt: skip
+                                            **({"output_final_state": case.keeps} if fields else {}))  # fmt: skip
         result = result if isinstance(result, tuple) else (result,)
         state = result[-1] if fields else None
-        finals = dict(zip(fields, state if isinstance(state, tuple) else [state])) if fields else {}  # type: ignore[list-item]
+        kept = fields if case.keeps else {}
+        finals = dict(zip(kept, state if isinstance(state, tuple) else [state]))  # type: ignore[list-item]
     else:
         own = {k: v for k, v in case.settings.items() if any(p.name == k for p in unit.params)}
         layer = getattr(module, unit.name)(**own, device=case.device, dtype=case.dtype)
@@ -130,7 +133,7 @@ def call(module: ModuleType, unit: Unit, case: Case, inputs: dict[str, Tensor], 
         assert {n.rstrip("_") for n in named} == {n.rstrip("_") for n in weights}, (sorted(named), sorted(weights))
         fields = state_shapes(unit, case)
         with _reparametrize_module(layer, weights):  # states may start from weights
-            if not hasattr(layer, "init_state"):
+            if not case.keeps or not hasattr(layer, "init_state"):
                 result = layer(*shaped.values(), **extra)
                 return by_name(unit, result if isinstance(result, tuple) else (result,)), {}
             start = layer.init_state(count, next(iter(initial.values())).dtype if initial else torch.float32)
@@ -199,7 +202,7 @@ def errors(module: ModuleType, semantic: Unit, case: Case) -> dict[str, float]:
     torch.manual_seed(case.seed + 1)
     total_w, total_h = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     found: dict[str, float] = {}
-    for kind, ref, got in (("out", wanted[0], have[0]), ("state", wanted[1], have[1])):
+    for kind, ref, got in (("out", wanted[0], have[0]), ("state", wanted[1] if case.keeps else {}, have[1])):
         for name, x in ref.items():
             y = got[name].to("cpu", torch.complex128 if x.is_complex() else torch.float64)
             y = y.expand(x.shape) if y.shape == x.shape[1:] else y  # made of parameters alone

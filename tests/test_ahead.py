@@ -213,7 +213,8 @@ def test_what_does_not_match_is_compiled_and_said_once(outcomes: dict[str, Any],
     (said,) = outcomes[case]["said"]
     assert said.startswith(f"gated_{case}: kernels that were compiled ahead are not used: ")
     assert reason in said
-    assert outcomes[case]["compiled"] == sorted(names(package))
+    sized = names(package) - ({"fill_tables"} if case == "other_sizes" else set())
+    assert outcomes[case]["compiled"] == sorted(sized)
 
 
 @pytest.mark.parametrize("case, ending", [("binary", ".cubin"), ("metadata", ".json")])
@@ -254,7 +255,7 @@ def test_every_shipped_spec_launches_all_its_kernels(
     shared = ("vector", "max_plus")  # of these a package has all or none
     stores = {name for name in stores if not name.startswith(shared)}
     if name == "rat":  # chunks of 16 tokens are never cut into segments
-        stores = {name for name in stores if "_totals" not in name}
+        stores = {name for name in stores if "_totals" not in name and name != "fill_tables"}
     assert launched >= stores
 
 

@@ -19,7 +19,19 @@ from shipped import SPECS
 from test_attention import VALUES
 from test_language import built as construct
 from test_language import settings
-from test_numerics import ALL, EDGES, PACKED, SETTINGS, SHIPPED, allowed, at_edges, built, gates
+from test_numerics import (
+    ALL,
+    EDGES,
+    PACKED,
+    SETTINGS,
+    SHIPPED,
+    STATELESS,
+    allowed,
+    at_edges,
+    built,
+    gates,
+    without_a_state,
+)
 
 import chunkc
 from chunkc import cli
@@ -118,6 +130,11 @@ def test_two_runs_are_bitwise_equal(built, name):  # type: ignore[no-untyped-def
 @pytest.mark.parametrize("name, make", EDGES)
 def test_gates_at_the_ends_of_their_range(built, name, make):  # type: ignore[no-untyped-def]
     check(at_edges(built, name, make, "cuda"))
+
+
+@pytest.mark.parametrize("name", STATELESS)
+def test_without_a_state(built, name):  # type: ignore[no-untyped-def]
+    check(without_a_state(built, name, "cuda"))
 
 
 @pytest.mark.parametrize("lengths, packed", [([33, 33], False), ([0, 17, 1, 40], True)])

@@ -23,6 +23,7 @@ from chunkc.backends.scan import ScanForm
 from chunkc.backends.token import free_side
 from chunkc.backends.triton.emit import launches
 from chunkc.backends.triton.kernel import If, Kernel, Let, Loop, Statement, Store
+from chunkc.backends.triton.packing import fill_kernel
 from chunkc.backends.triton.schedule import join_kernel
 from chunkc.backends.triton.text import parse_expr, parse_kernels
 from chunkc.backends.triton.vector import own_kernels
@@ -179,6 +180,7 @@ class Batch:
             start += list(range(token, token + length, C))
             stop += [token + length] * count[-1]
             token += length
+        start, stop = [*start, token], [*stop, token]  # shapes allow for tiles that are not there
         offsets = [0, *itertools.accumulate(self.lengths)]
         named = {"tile_start": start, "tile_stop": stop, "first_tile": first, "tile_count": count, "offsets": offsets}
         return {f"{n}_ptr": torch.tensor(x, dtype=torch.int64) for n, x in named.items()}
@@ -277,12 +279,12 @@ def logs(form: ScanForm, values: dict[str, Tensor], least: float) -> dict[str, T
     return {n: x.clamp(min=1e-300).log().clamp(min=least) if n in raw else x for n, x in values.items()}
 
 
-def forward(run: Launches, values: dict[str, Tensor], initial: Tensor, block: int) -> None:
+def forward(run: Launches, values: dict[str, Tensor], initial: Tensor | None, block: int) -> None:
     form, tokens = run.scan.form, sum(run.batch.lengths)
     h, i, j = (run.sizes[s] for s in "HIJ")
     run.memory = {**logs(form, values, -1e4), "initial": initial}
-    run.memory |= {"states": run.empty(run.table["tile_start_ptr"].numel(), h, i, j), "last": torch.empty_like(initial)}
-    tiles = run.table["tile_start_ptr"].numel()
+    tiles, last = run.table["tile_start_ptr"].numel(), None if initial is None else torch.empty_like(initial)
+    run.memory |= {"states": run.empty(tiles, h, i, j), "last": last}
     run.memory |= {"totals_i": run.empty(tiles, h, i), "totals_j": run.empty(tiles, h, j)}
     for q, out in zip(form.queries, form.results()):
         run.memory[out] = run.empty(tokens, h, j if q.side == "i" else i)
@@ -290,12 +292,14 @@ def forward(run: Launches, values: dict[str, Tensor], initial: Tensor, block: in
         run.run(launch, block)
 
 
-def backward(run: Launches, values: dict[str, Tensor], grads: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+def backward(
+    run: Launches, values: dict[str, Tensor], grads: dict[str, Tensor | None], block: int
+) -> dict[str, Tensor]:
     form, tokens = run.scan.form, sum(run.batch.lengths)
     states, d_last = run.memory["states"], grads["d_last"]
     kept = {n: run.memory[n] for n in ("states", "totals_i", "totals_j")}
     run.memory = {**logs(form, values, -1e4), **grads, **kept}
-    run.memory |= {"ends": torch.empty_like(states), "d_initial": torch.empty_like(d_last)}
+    run.memory |= {"ends": torch.empty_like(states), "d_initial": None if d_last is None else torch.empty_like(d_last)}
     for o in form.operands():
         parts = -(-run.sizes[o.side.upper()] // block)
         run.memory[f"d_{o.name}"] = run.empty(tokens, run.sizes["H"], parts if o.thin else values[o.name].shape[-1])
@@ -311,7 +315,7 @@ def backward(run: Launches, values: dict[str, Tensor], grads: dict[str, Tensor],
         if any(tile.log == "small" for tile in launch.body.of_kind(T.Tile)):
             run.memory |= logs(form, values, -40 * math.log(2))
         run.run(launch, block)
-    found = {n: x for n, x in run.memory.items() if n.startswith("d_") and n not in grads}
+    found = {n: x for n, x in run.memory.items() if n.startswith("d_") and n not in grads and x is not None}
     for g in form.gates:
         found[f"d_{g.name}"] = found[f"d_{g.name}"].sum(-1, keepdim=True) if g.thin else found[f"d_{g.name}"]
         if g.raw:
@@ -351,6 +355,25 @@ def compare(scan: Any, given: Derived, values: dict[str, Tensor], sizes: dict[st
     grads = {f"d_{n}": torch.randn(x.shape, dtype=torch.float64) for n, x in have.items()}
     have_grads = backward(run, values, grads, block)
     check(scan, given, values, initial, grads, have, have_grads)
+
+
+@pytest.mark.parametrize("name", ["gated", "two_states"])
+def test_no_state_is_one_of_zeros(name: str) -> None:
+    """Without a first state, and a last one and its gradient, all else is the same to the last bit."""
+    for index, scan in enumerate(scans(name)):
+        given = [s for s in derived_scans(name) if s.node.i or s.node.j][index]
+        values, sizes = drawn(scan, given, sum(LENGTHS))
+        zeros = torch.zeros(len(LENGTHS), sizes["H"], sizes["I"], sizes["J"], dtype=torch.float64)
+        found = []
+        for initial in (zeros, None):
+            run = Launches(scan, Batch(LENGTHS), sizes)
+            forward(run, values, initial, 16)
+            results = {n: run.memory[n] for n in scan.form.results()}
+            grads = {f"d_{n}": torch.ones_like(x) for n, x in results.items()}
+            found.append(results | backward(run, values, {**grads, "d_last": initial}, 16))
+        have, without = found
+        assert have.keys() - without.keys() == {"d_initial"}
+        assert all(torch.equal(x, have[n]) for n, x in without.items())
 
 
 @pytest.mark.parametrize("name", ["gated", "value_gate", "product_gate"])
@@ -563,3 +586,32 @@ def test_reads_beyond_memory_are_errors() -> None:
     initial = torch.zeros(len(LENGTHS), sizes["H"], sizes["I"], sizes["J"], dtype=torch.float64)
     with pytest.raises(IndexError, match="elements"):
         forward(run, values, initial, 4)
+
+
+# -- tables of a packed batch ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [(), (0, 0), (64, 64), (13, 0, 1, 66, 0), (200,), (1,) * 40])
+@pytest.mark.parametrize("size", [8, 64])
+def test_tables_of_a_packed_batch(lengths: tuple[int, ...], size: int) -> None:
+    """Each tile's first token and its sequence's end, each sequence's first tile; as many tiles as there may be, of
+    which those beyond the last are empty."""
+    kernel, tokens = fill_kernel(), sum(lengths)
+    tiles = tokens // size + min(len(lengths), tokens) + 1
+    entries = {"start": tiles, "stop": tiles, "first": len(lengths) + 1}
+    memory = {name: torch.full((n,), -1) for name, n in entries.items()}
+    given = {"offsets": torch.tensor([0, *lengths]).cumsum(0), **memory}
+    numbers = {"sequences": len(lengths), "tiles": tiles}
+    arguments = {a: numbers.get(a, given.get(a.removesuffix("_ptr"))) for a in kernel.arguments}
+    Launch(kernel, (len(lengths) + 1,), arguments, {"C": size, "BT": 16}, dtype=torch.int64).run()
+    wanted: list[tuple[int, int]] = []
+    first, begin = [], 0
+    for length in lengths:
+        first.append(len(wanted))
+        wanted += [(begin + k, begin + length) for k in range(0, length, size)]
+        begin += length
+    assert memory["first"].tolist() == [*first, len(wanted)]
+    wanted += [(tokens, tokens)] * (tiles - len(wanted))
+    assert list(zip(memory["start"].tolist(), memory["stop"].tolist())) == wanted
+    verify_kernel(kernel)
+    assert parse_kernels(text_of(kernel)) == {kernel.name: kernel}

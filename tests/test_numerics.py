@@ -190,6 +190,27 @@ def test_interpreted_kernels(built: Any, name: str) -> None:
     check(errors(module, unit, case), allowed(name, torch.float32))
 
 
+STATELESS = ["gated", "raw_product", "two_states", "gated_linear_attention"]
+
+
+def without_a_state(built: Any, name: str, device: str = "cpu") -> dict[str, float]:
+    """A packed batch that is given no state and asked for none."""
+    module, unit = built(name)
+    case = Case(SETTINGS, [70, 0, 1], packed=True, keeps=False, values=gates(unit, cases.mixed), device=device)
+    return errors(module, unit, case)
+
+
+@pytest.mark.parametrize("name", STATELESS)
+def test_without_a_state(built: Any, name: str) -> None:
+    check(without_a_state(built, name))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", STATELESS)
+def test_interpreted_without_a_state(built: Any, name: str) -> None:
+    check(without_a_state(built, name))
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["vector", "max_plus", "mingru", "linear_attention"])
 @pytest.mark.parametrize("lengths, packed", [([150, 0, 1, 96], True), ([150, 150], False)], ids=["packed", "dense"])

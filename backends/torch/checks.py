@@ -32,14 +32,12 @@ def check_tensors(who: str, tensors: Mapping[str, tuple[Tensor, tuple[int | str,
             raise TypeError(f"{who}: '{name}' is a {type(x).__name__}, not a tensor")
         if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
             raise RuntimeError(f"{who} does not go through torch.func.vmap: its first dimension is the batch already")
-        wanted = ", ".join(str(lead.get(n, n)) if isinstance(n, str) else str(n) for n in shape)
-        if x.dim() != len(shape):
-            raise ValueError(f"{who}: '{name}' has shape {tuple(x.shape)}, wanted [{wanted}]")
-        for n, have in zip(shape, x.shape):
-            if isinstance(n, str):
-                n = lead.setdefault(n, have)
-            if have != n:
-                raise ValueError(f"{who}: '{name}' has shape {tuple(x.shape)}, wanted [{wanted}]")
+        sizes = {**lead}
+        wanted = [sizes.setdefault(n, have) if isinstance(n, str) else n for n, have in zip(shape, x.shape)]
+        if x.dim() != len(shape) or wanted != list(x.shape):
+            told = ", ".join(str(lead.get(n, n)) if isinstance(n, str) else str(n) for n in shape)
+            raise ValueError(f"{who}: '{name}' has shape {tuple(x.shape)}, wanted [{told}]")
+        lead = sizes
         if kind == "float":
             if x.dtype not in FLOATS:
                 raise TypeError(f"{who}: '{name}' is {x.dtype}, wanted a floating-point tensor")

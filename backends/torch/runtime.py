@@ -144,7 +144,7 @@ class Sequences:
         The last tile of a packed batch is empty if values cannot be read: `steps` needs one."""
 
         def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            start, stop, first, counts = self.tile_table()
+            start, stop, first, counts = self._tile_table()
             if self.packed and not self.blind:  # a dense batch's are known without its values
                 used = int(counts.sum())
                 start, stop = start[:used], stop[:used]
@@ -156,54 +156,23 @@ class Sequences:
         result: tuple[Tensor, Tensor, Tensor, Tensor] = self._once("tiling", make)
         return result
 
-    def tile_table(self, size: int = TILE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For kernels: each tile's first token and its sequence's end, each sequence's first tile and tile count.
+    def most_tiles(self, size: int) -> int:
+        """How many tiles of so many tokens there may be, by shapes: those beyond the last are empty."""
+        tokens, most = self.rows * self.tokens, -(-self.most // size) * self.count
+        return min(most, tokens // size + min(self.count, tokens)) if self.packed else most
 
-        There are as many tiles as the shapes allow, so that no value is read; those beyond the last are empty."""
-
-        def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            counts = (self.offsets.diff() + size - 1) // size
-            ends = counts.cumsum(0)
-            tokens = self.rows * self.tokens
-            most = -(-self.most // size) * self.count
-            most = min(most, tokens // size + min(self.count, tokens)) if self.packed else most
-            tiles = torch.arange(most, device=self.device)
-            owner = torch.searchsorted(ends, tiles, right=True)
-            known = owner.clamp(max=self.count - 1)
-            start = self.offsets[known] + (tiles - (ends - counts)[known]) * size
-            stop = torch.where(owner < self.count, self.offsets[known + 1], start)
-            return start, stop, ends - counts, counts
-
-        empty = torch.zeros(0, dtype=torch.int64, device=self.device)
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = self._once(
-            f"table {size}", make if self.count else lambda: (empty, empty, empty, empty)
-        )
-        return result
-
-    def segments(self, size: int) -> tuple[Tensor, Tensor]:
-        """Sequences cut at so many tokens: where segments start and end [n + 1], in tokens, and sequences [N + 1], in
-        segments. Those beyond the last are empty."""
-
-        def make() -> tuple[Tensor, Tensor]:
-            end = self.offsets[-1:]
-            if not self.packed:
-                each = torch.arange(-(-self.tokens // size), device=self.device)
-                start = (self.offsets[:-1, None] + each * size).flatten()
-                return torch.cat([start, end]), torch.arange(self.rows + 1, device=self.device) * len(each)
-            start, _, _, count = self.tile_table(size)
-            return torch.cat([torch.minimum(start, end), end]), F.pad(count.cumsum(0), (1, 0))
-
-        result: tuple[Tensor, Tensor] = self._once(f"segments {size}", make)
-        return result
-
-    def places(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int, int, int]:
-        """For kernels: sequences' first tokens [N + 1], `tile_table`'s first three, tokens and tiles of a row, tiles in
-        all. A dense batch has no tables."""
-        if self.packed:
-            start, stop, first, _ = self.tile_table()
-            return self.offsets, start, stop, first, self.tokens, start.shape[0], start.shape[0]
-        each = -(-self.tokens // TILE)
-        return None, None, None, None, self.tokens, each, self.rows * each
+    def _tile_table(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Each tile's first token and its sequence's end, each sequence's first tile and tile count."""
+        counts = (self.offsets.diff() + TILE - 1) // TILE
+        if not self.count:
+            return counts, counts, counts, counts
+        ends = counts.cumsum(0)
+        tiles = torch.arange(self.most_tiles(TILE), device=self.device)
+        owner = torch.searchsorted(ends, tiles, right=True)
+        known = owner.clamp(max=self.count - 1)
+        start = self.offsets[known] + (tiles - (ends - counts)[known]) * TILE
+        stop = torch.where(owner < self.count, self.offsets[known + 1], start)
+        return start, stop, ends - counts, counts
 
     def tile(self, x: Tensor) -> Tensor:
         """[B, T, H, D] in tiles [n, H, C, D], 0 where a tile goes beyond its sequence."""
@@ -436,16 +405,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Where autocast chooses no types; meta tensors have none."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    chosen = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if chosen else nullcontext()
 
 
 def uncast(function: Function) -> Function:
-    """The function without autocast, which chooses no types for products inside: operands in the widest of theirs."""
+    """The function without autocast, which chooses no types for products inside: operands in the widest of theirs,
+    float32 at least."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
         tensors = [x for x in args if isinstance(x, Tensor)]
-        wide = functools.reduce(torch.promote_types, (x.dtype for x in tensors if x.is_floating_point()), torch.bool)
+        wide = functools.reduce(torch.promote_types, (x.dtype for x in tensors if x.is_floating_point()), torch.float32)
         real = [x.to(wide) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
         with no_autocast(tensors[0].device):
             return function(*real)

@@ -45,8 +45,12 @@ def emit_scan(form: ScanForm, lines: Lines, w: Writer) -> None:
     w()
     w()
     w("@uncast")
-    with w.indented(f"def {form.name}_scan(seq: Sequences, {_typed(names)}, initial: Tensor) -> tuple[Tensor, ...]:"):
+    taken = f"seq: Sequences, {_typed(names)}, initial: Tensor | None"
+    with w.indented(f"def {form.name}_scan({taken}) -> tuple[Tensor, ...]:"):
         w(f'"""{_signature(form)}"""')
+        i, j = (o.name for o in form.writes[0])
+        with w.indented("if initial is None:"):
+            w(f"initial = {i}.new_zeros((seq.count, *{i}.shape[2:], {j}.shape[3]))")
         with w.indented("if seq.one_token:"):
             w(f"return {form.name}_step({', '.join(names)}, initial)")
         w(f"result: tuple[Tensor, ...] = {form.name}_Scan.apply(seq, {', '.join(names)}, initial)")
@@ -66,7 +70,7 @@ def _typed(names: list[str]) -> str:
 
 def _signature(form: ScanForm) -> str:
     i, j = ",".join(form.scan.i), ",".join(form.scan.j)
-    return (f"Operands [B, T, H, D], D the size of ({i}) or ({j}); initial [N, H, ({i}), ({j})]. "
+    return (f"Operands [B, T, H, D], D the size of ({i}) or ({j}); initial [N, H, ({i}), ({j})], else zero. "
             f"Gives each read {form.when} the update, and the last state.")  # fmt: skip
 
 

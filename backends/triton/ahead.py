@@ -130,7 +130,7 @@ class Shelf:
             return self.say("target", f"they are for {made}, this GPU is {target.backend} {target.arch}")
         if key not in self.index["kernels"]:
             constants = {source.fn.arg_names[path[0]]: value for path, value in sorted(source.constants.items())}
-            shown = ", ".join(f"{name}={value}" for name, value in constants.items())
+            shown = ", ".join(f"{name}={value}" for name, value in constants.items() if value is not None)
             return self.say("sizes", f"'{source.fn.__name__}' with {shown} is not among them; "
                                      f"they are for {self.index['made_for']}")  # fmt: skip
         return all(self.read(name) is not None for name in self.index["kernels"][key])

@@ -15,6 +15,7 @@ from chunkc.backends.triton.gates import GateKernel, GatePlan
 from chunkc.backends.triton.kernel import Kernel
 from chunkc.backends.triton.launch import emit_attention
 from chunkc.backends.triton.own import SideKernel
+from chunkc.backends.triton.packing import emit_tables
 from chunkc.backends.triton.pairs import NoKernel
 from chunkc.backends.triton.schedule import WALKS, join_kernel, pass_kernel
 from chunkc.backends.triton.side import SidePlan
@@ -165,9 +166,11 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     w()
     _settings(w)
     scans = [(u, s) for u in units for s in u.graph.of_kind(N.Scan)]
-    if any(not (s.i or s.j) for _, s in scans):
-        emit_vector([f for u in units for f in vector_forms(u, prefix_of(u, units))], lines, w)
     forms = [(u, _form(u, s, prefix_of(u, units))) for u, s in scans if s.i or s.j]
+    if scans:
+        emit_tables(w, matrices=bool(forms))
+    if len(forms) < len(scans):
+        emit_vector([f for u in units for f in vector_forms(u, prefix_of(u, units))], lines, w)
     made = [(form, kernels_of(form, lines, spans_of(unit, lines))) for unit, form in forms]
     if made:
         _helpers([form for form, _ in made], w)
@@ -201,7 +204,7 @@ def _attention_settings(w: Writer) -> None:
     w()
     with w.indented("def block(size: int) -> int:"):
         w('"""Columns of a matrix that is over all of an axis."""')
-        w("return max(BLOCK, triton.next_power_of_2(size))")
+        w("return max(BLOCK, power_of_two(size))")
     w()
     w()
     with w.indented("def tile(size: dict[str, Any], types: dict[str, Any]) -> tuple[int, int, int]:"):
@@ -229,6 +232,16 @@ def _attention(unit: Unit, node: N.Attend, prefix: str, tiles: list[Tile], lines
 
 
 def _settings(w: Writer) -> None:
+    with w.indented("def cdiv(n: int, block: int) -> int:"):
+        w('"""How many blocks n are; as `triton.cdiv`, which takes ten times as long on the host."""')
+        w("return -(-n // block)")
+    w()
+    w()
+    with w.indented("def power_of_two(n: int) -> int:"):
+        w('"""The least one that is not below n."""')
+        w("return 1 << (n - 1).bit_length()")
+    w()
+    w()
     with w.indented("def types_of(given: torch.dtype) -> dict[str, Any]:"):
         w('"""For products: operand type, precision, the parts of bfloat16 that sums are taken in (0: whole), and the')
         w('nats that a block of tokens may decay by if it is anchored at its start."""')
@@ -327,7 +340,7 @@ def _schedules(made: list[tuple[ScanForm, dict[str, Kernel]]], w: Writer) -> Non
     w()
     with w.indented("def programs(walks: int, I: int, J: int, i: int = BLOCK, j: int = BLOCK) -> int:"):
         w('"""How many programs walks over tiles have, with blocks of i and j columns."""')
-        w("return walks * triton.cdiv(I, i) * triton.cdiv(J, j)")
+        w("return walks * cdiv(I, i) * cdiv(J, j)")
     w()
     w()
     taken = "kernel: str, I: int, J: int, types: dict[str, Any], walks: int = 0"
@@ -339,7 +352,7 @@ def _schedules(made: list[tuple[ScanForm, dict[str, Kernel]]], w: Writer) -> Non
         w("i, j, warps, stages = SAFE if exact else SCHEDULES[kernel]")
         w("if not exact and programs(walks, I, J, i, j) < IDLE <= programs(walks, I, J):")
         w(f"    i, j, warps, stages = {NARROW}")
-        w("i, j = (min(b, max(BLOCK, triton.next_power_of_2(n))) for b, n in ((i, I), (j, J)))")
+        w("i, j = (min(b, max(BLOCK, power_of_two(n))) for b, n in ((i, I), (j, J)))")
         w('return {"BI": i, "BJ": j, "num_warps": warps, "num_stages": stages}')
     w()
     w()
@@ -375,16 +388,19 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
         w(f'"""The recurrence of {form.scan.name} ({lines.place(form.scan.span)})."""')
         w()
         w("@staticmethod")
-        with w.indented(f"def forward(ctx: Any, seq: Sequences, {typed}, initial: Tensor) -> tuple[Tensor, ...]:"):
+        with w.indented(
+            f"def forward(ctx: Any, seq: Sequences, {typed}, initial: Tensor | None) -> tuple[Tensor, ...]:"
+        ):
             w("operands = (" + "".join(f"{n}.contiguous(), " for n in names).rstrip() + ")")
             w(f"{''.join(n + ', ' for n in names).rstrip()} = operands")
             _prepare(form, w)
-            w("initial = initial.contiguous()")
-            w('kept = torch.bfloat16 if types["DOT"] == tl.bfloat16 else initial.dtype')
-            w("states = initial.new_empty((tiles, H, I, J), dtype=kept)")
+            key = form.writes[0][0].name
+            w("initial = None if initial is None else initial.contiguous()")
+            w('kept = torch.bfloat16 if types["DOT"] == tl.bfloat16 else torch.float32')
+            w(f"states = {key}.new_empty((tiles, H, I, J), dtype=kept)")
             totals = _totals(form)
             for name, side in totals.items():
-                w(f"{name} = initial.new_empty((tiles, H, {side.upper()}), dtype=torch.float32)")
+                w(f"{name} = {key}.new_empty((tiles, H, {side.upper()}), dtype=torch.float32)")
             forward, backward, (token,) = launches(form)
             _walk(form, kernels, forward[0], w, "last", "initial", "states")
             for q, out in zip(form.queries, outs):
@@ -394,12 +410,12 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
                 _launch(form, kernels, launch, w)
             w("ctx.seq = seq")
             w(f"ctx.save_for_backward({', '.join(['*operands', 'states', *totals])})")
-            w(f"return {', '.join([*outs, 'last'])}")
+            w(f"return ({', '.join(outs)},) if last is None else ({', '.join([*outs, 'last'])})")
         w()
         w("@staticmethod")
         w("@as_given")
         grads = [f"d_{o}" for o in outs]
-        typed_grads = ", ".join(f"{g}: Tensor" for g in [*grads, "d_last"])
+        typed_grads = ", ".join([*(f"{g}: Tensor" for g in grads), "d_last: Tensor | None = None"])
         with w.indented(f"def backward(ctx: Any, {typed_grads}) -> tuple[Tensor | None, ...]:"):
             w("once()")
             _backward(form, kernels, backward, w)
@@ -415,18 +431,20 @@ def _entry(form: ScanForm, names: list[str], typed: str, w: Writer) -> None:
     w()
     w()
     w("@as_given")
-    with w.indented(f"def {form.name}_scan(seq: Sequences, {typed}, initial: Tensor) -> tuple[Tensor, ...]:"):
-        w(f'"""Operands [B, T, H, D]; gives each read {form.when} the update, and the last state."""')
-        with w.indented(f"if seq.one_token and not tracked({given.removeprefix('seq, ')}):"):
+    with w.indented(f"def {form.name}_scan(seq: Sequences, {typed}, initial: Tensor | None) -> tuple[Any, ...]:"):
+        w(f'"""Operands [B, T, H, D], the state [N, H, I, J] before the first token; gives each read {form.when} '
+          'the update, and the last state. Without a state it starts at zero, and gives none."""')  # fmt: skip
+        with w.indented(f"if seq.one_token and initial is not None and not tracked({given.removeprefix('seq, ')}):"):
             w(f"return {form.name}_step({given})")
-        w(f"result: tuple[Tensor, ...] = {form.name}_Scan.apply({given})")
-        w("return result")
+        w(f"places(seq)  # kept from here on: torch.compile keeps nothing that is made inside `{form.name}_Scan`")
+        w(f"result: tuple[Any, ...] = {form.name}_Scan.apply({given})")
+        w("return (*result, None) if initial is None else result")
 
 
 def _prepare(form: ScanForm, w: Writer) -> None:
     """Sizes, tiles, and the logarithms of gates that are none."""
     i, j = form.writes[0]
-    w("offsets, start, stop, first, tokens, each, tiles = seq.places()")
+    w("offsets, start, stop, first, tokens, each, tiles = places(seq)")
     w("types = types_of(seq.given)")
     w(f"H, I, J = {i.name}.shape[2], {i.name}.shape[3], {j.name}.shape[3]")
     for g in form.gates:
@@ -476,12 +494,12 @@ def _launch(form: ScanForm, kernels: dict[str, Kernel], launch: T.Kernel, w: Wri
 
 def _call(kernel: Kernel, launch: T.Kernel, w: Writer, rename: dict[str, str]) -> None:
     """One kernel's call; `rename`: what the function around it calls some arguments."""
-    parts = {f"parts_{s}": f'triton.cdiv({s.upper()}, chosen["B{s.upper()}"])' for s in "ij"}
+    parts = {f"parts_{s}": f'cdiv({s.upper()}, chosen["B{s.upper()}"])' for s in "ij"}
     count = " * ".join(parts[f"parts_{s}"] for s in launch.blocks)
     named = {"tile_start": "start", "tile_stop": "stop", "first_tile": "first", "levels": "LEVELS", "upper_levels": "2"}
     arguments = [a.removesuffix("_ptr") for a in kernel.arguments]
     arguments = [{**named, **parts, **rename}.get(a, a) for a in arguments]
-    given = {"C": "TILE", "AI": "triton.next_power_of_2(I)", "AJ": "triton.next_power_of_2(J)", "GATE_PARTS": "parts"}
+    given = {"C": "TILE", "AI": "power_of_two(I)", "AJ": "power_of_two(J)", "GATE_PARTS": "parts"}
     given |= {c: c for c in ("H", "I", "J", "LEVELS")}
     given |= {c: f'types["{c}"]' for c in ("DOT", "PRECISION", "PARTS", "LIMIT")}
     rows, walks = ("seq.count * segments", ", seq.count * H") if launch.rows == "sequences" else ("tiles", "")
@@ -501,7 +519,7 @@ def _backward(form: ScanForm, kernels: dict[str, Kernel], backward: list[T.Kerne
         if g.raw:
             w(f"{g.name}_value = {g.name}")
     _prepare(form, w)
-    w("d_last = d_last.contiguous()")
+    w("d_last = None if d_last is None else d_last.contiguous()")
     w("ends = torch.empty_like(states)")
     _walk(form, kernels, backward[0], w, "d_initial", "d_last", "ends")
     for o in form.operands():
@@ -545,5 +563,5 @@ def _gradient_buffer(form: ScanForm, o: Operand) -> str:
         return f"torch.empty_like({o.name})"
     role = f"{'edges' if o.raw else 'grad'}_{o.side}"
     block = f'schedule("{form.name}_{role}", I, J, types)["B{o.side.upper()}"]'
-    size = f"triton.cdiv({o.side.upper()}, {block})"
+    size = f"cdiv({o.side.upper()}, {block})"
     return f"{o.name}.new_empty((*{o.name}.shape[:3], {size}), dtype=torch.float32)"

@@ -37,19 +37,24 @@ class GateKernel(OneSide):
     def build(self) -> Kernel:
         b = self.b
         self.t.program(self.x)
-        wide = "(1, C)" if self.own.thin else f"(C, {block(self.x)})"
-        b.let(self.total.op, call("tl.zeros", wide, "tl.float32"))
-        if self.plan.pairs:  # in several walks, so that scores and sums over the states are not on chip at once
-            self.from_pairs()
-        if self.plan.edges:
-            self.from_edges()
-        self.result()
+        with b.when(self.t.some):
+            self.inside()
         names = [*(g.name for g in self.form.gates), *self.names(self.x), *self.names(self.o)]
         names += ["states", "ends"] if self.plan.edges else []
         arguments = [f"{n}_ptr" for n in dict.fromkeys([*names, self.total.op])]
         places = ["tile_start_ptr", "tile_stop_ptr", "tokens", "each"]
         doc = f"The gradient of {self.own.name}, from {self.what()} of one tile."
         return Kernel(self.name, doc, (*arguments, *places), self.t.closed())
+
+    def inside(self) -> None:
+        """All that is done to a tile."""
+        wide = "(1, C)" if self.own.thin else f"(C, {block(self.x)})"
+        self.b.let(self.total.op, call("tl.zeros", wide, "tl.float32"))
+        if self.plan.pairs:  # in several walks, so that scores and sums over the states are not on chip at once
+            self.from_pairs()
+        if self.plan.edges:
+            self.from_edges()
+        self.result()
 
     def what(self) -> str:
         return " and ".join(["pairs"] * self.plan.pairs + ["the edges"] * self.plan.edges)

@@ -26,12 +26,14 @@ OVER = {
     "upper_levels": "levels",
     "parts_i": "blocks of side i",
     "parts_j": "blocks of side j",
+    "tl.cdiv(sequence, BT)": "blocks of sequences",
+    "tl.cdiv(last - first, BT)": "blocks of tiles",
     "tl.cdiv(I, BI)": "blocks of side i",
     "tl.cdiv(J, BJ)": "blocks of side j",
 }
 TILES = re.compile(r"tl\.cdiv\(length\w*, B([QR])\)")
-CONSTANTS = ("H", "I", "J", "D", "C", "LEVELS", "BI", "BJ", "BD", "BQ", "BR", "AI", "AJ", "DOT", "PRECISION", "PARTS",
-             "GATE_PARTS", "LIMIT", "AFTER")  # fmt: skip
+CONSTANTS = ("H", "I", "J", "D", "C", "LEVELS", "BI", "BJ", "BD", "BQ", "BR", "BT", "AI", "AJ", "DOT", "PRECISION",
+             "PARTS", "GATE_PARTS", "LIMIT", "AFTER")  # fmt: skip
 
 
 def over(stop: str, sizes: tuple[str, ...]) -> str:

@@ -98,7 +98,7 @@ def _launch(made: Made, side: str, count: str, w: Writer) -> None:
     own = [f'{s}=size["{s}"]' for s in kernel.constants if s in kernel.sizes]
     chosen = [f'{c}=types["{c}"]' for c in kernel.constants if c not in (*kernel.sizes, "BQ", "BR")]
     with w.indented(f"if count * {count}:"):
-        w(f"{kernel.name}[(count * triton.cdiv({count}, {block}), math.prod(heads))](")
+        w(f"{kernel.name}[(count * cdiv({count}, {block}), math.prod(heads))](")
         for part in (arguments, own, ["BQ=BQ", "BR=BR", *chosen, "num_warps=warps", "num_stages=1"]):
             w(f"    {', '.join(part)},")
         w(")")
@@ -138,7 +138,7 @@ def _backward(kernels: Kernels, name: str, place: str, w: Writer) -> None:
         launches += [(made, "row", f"rows_{form.node.sources[k].axis}") for k, made in kernels.rows.items()]
         for made, side, count in launches:
             for g in made.gradients:
-                places = "triton.cdiv(queries, BQ)" if g.side == "." else count
+                places = "cdiv(queries, BQ)" if g.side == "." else count
                 own = [f'size["{a}"]' for a in g.axes[len(kernels.axes) :]]
                 w(f"{g.pointer} = top.new_zeros(({', '.join(['count', places, '*heads', *own])}))")
             if made.gradients:

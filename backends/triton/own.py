@@ -18,11 +18,11 @@ class SideKernel(SideBase):
 
     def build(self) -> Kernel:
         self.t.program(self.x)
+        wanted = self.t.some
         if self.plan.only:
             mild = self.t.is_mild([g for g in (self.own, self.far) if g is not None])
-            with self.b.when(mild if self.plan.anchor == "start" else mild.same(0)):
-                self.inside()
-        else:
+            wanted = wanted & (mild if self.plan.anchor == "start" else mild.same(0))
+        with self.b.when(wanted):
             self.inside()
         arguments = [f"{g.name}_ptr" for g in self.form.gates]
         arguments += [f"{n}_ptr" for n in [*self.own_names(), *self.far_names()]]

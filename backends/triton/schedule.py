@@ -21,9 +21,10 @@ def segment_of(seq: Sequences, H: int, I: int, J: int) -> int:
     return CUT if programs(seq.count * H, I, J) < IDLE else max(seq.most, 1)
 
 
-def walked_tiles(seq: Sequences, launch: Any, gated: str, initial: Tensor, states: Tensor) -> Tensor:
-    """Fill the states at tiles' edges; the last states. `gated` are the sides that have a gate."""
-    last = torch.empty_like(initial)
+def walked_tiles(seq: Sequences, launch: Any, gated: str, initial: Tensor | None, states: Tensor) -> Tensor | None:
+    """Fill the states at tiles' edges; the last states. `gated` are the sides that have a gate. Without a state
+    to start from it is zero, and no last one is kept."""
+    last = None if initial is None else torch.empty_like(initial)
     H, I, J = states.shape[1:]
     segment = segment_of(seq, H, I, J)
     segments = max(-(-seq.most // segment), 1)
@@ -32,12 +33,12 @@ def walked_tiles(seq: Sequences, launch: Any, gated: str, initial: Tensor, state
     if segments == 1:
         launch(segment, segments, initial, states, last)
         return last
-    from_zero = initial.new_empty((seq.count * segments, H, I, J), dtype=torch.float32)
+    from_zero = states.new_empty((seq.count * segments, H, I, J), dtype=torch.float32)
     entered = torch.empty_like(from_zero)
     decays = {f"decay_{s}": entered.new_empty((seq.count * segments, H, I if s == "i" else J)) for s in gated}
     launch(segment, segments, None, None, from_zero, **decays)
-    joined[(seq.count * H * triton.cdiv(I * J, JOINED),)](
-        from_zero, decays.get("decay_i"), decays.get("decay_j"), initial, entered, last, seq.places()[0],
+    joined[(seq.count * H * cdiv(I * J, JOINED),)](
+        from_zero, decays.get("decay_i"), decays.get("decay_j"), initial, entered, last, places(seq)[0],
         seq.tokens, segment, segments, H=H, I=I, J=J, D=I * J, BD=JOINED,
     )
     launch(segment, segments, entered, states, None)

@@ -100,6 +100,11 @@ class Tile:
         lets = [Let(m, Expr(MASKS[m], (row.cols, row.rows))) for m in MASKS if m in self.masks]
         return (*self.b.body[: self.masks_at], *lets, *self.b.body[self.masks_at :])
 
+    @property
+    def some(self) -> Expr:
+        """Whether a tile has tokens: a packed batch has as many tiles as there may be."""
+        return Expr("start") < "stop"
+
     def is_mild(self, gates: list[Operand]) -> Expr:
         """Whether the tile decays by less than `LIMIT` in each of the gates' numbers."""
         found: Expr | None = None

@@ -176,10 +176,10 @@ def emit_call(token: TokenForm, kernel: Kernel, lines: Lines, w: Writer) -> None
 def _launch(kernel: Kernel, own: Side | None, w: Writer) -> None:
     """Programs over sequences, heads, and blocks of the side that no sum is over; without one all of the state."""
     arguments = ", ".join(a.removesuffix("_ptr").replace("next", "new") for a in kernel.arguments)
-    given = {"H": "H", "I": "I", "J": "J", **{f"B{s}": f"triton.next_power_of_2({s})" for s in "IJ"}}
+    given = {"H": "H", "I": "I", "J": "J", **{f"B{s}": f"power_of_two({s})" for s in "IJ"}}
     if own is not None:
         given[f"B{own.upper()}"] = "32"
-    blocks = f"triton.cdiv({own.upper()}, 32)" if own is not None else "1"
+    blocks = f"cdiv({own.upper()}, 32)" if own is not None else "1"
     constants = ", ".join(f"{c}={given.get(c, c)}" for c in kernel.constants)
     with w.indented("if seq.count:"):
         w(f"{kernel.name}[(seq.count, H, {blocks})](")

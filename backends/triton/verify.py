@@ -20,6 +20,8 @@ ELEMENTWISE = (
 LENGTHS = (
     "queries",
     "rows",
+    "sequences",
+    "tiles",
     "tokens",
     "each",
     "segment",

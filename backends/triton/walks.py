@@ -72,17 +72,24 @@ class Walks(NamedTuple):
     numbers: dict[str, float] = {}
 
 
+def bounds_of(seq: Sequences, size: int) -> tuple[Tensor, Tensor | None]:
+    """Between which tokens programs walk [n + 1]; if sequences are cut, also between which segments these lie [N + 1].
+
+    Whether a sequence is cut depends on the number of channels, not on that of tokens: a longer one begins alike."""
+    if seq.count * cdiv(size, CHANNELS) >= FEW or seq.most <= SEGMENT:
+        return seq.offsets, None
+    start, _, first = tables(seq, SEGMENT)
+    return start, first
+
+
 def entered(
     seq: Sequences, operands: Sequence[Tensor], starts: Sequence[Tensor], totals: Any, step: Any, walks: Walks
 ) -> tuple[Tensor, list[Tensor], list[Tensor] | None]:
-    """The tokens between which programs walk, the states that they start with, and the last ones if they are known.
-
-    Whether a sequence is cut depends on the number of channels, not on that of tokens: a longer one begins alike."""
+    """The tokens between which programs walk, the states that they start with, and the last ones if they are known."""
     size = operands[0].shape[2] * operands[0].shape[3]
-    blocks = triton.cdiv(size, CHANNELS)
-    if seq.count * blocks >= FEW or seq.most <= SEGMENT:
-        return seq.offsets, list(starts), None
-    bounds, cut = seq.segments(SEGMENT)
+    blocks, (bounds, cut) = cdiv(size, CHANNELS), bounds_of(seq, size)
+    if cut is None:
+        return bounds, list(starts), None
     decays = [torch.empty((bounds.numel() - 1, size), dtype=torch.float32, device=x.device) for x in starts]
     sums, states = [torch.empty_like(x) for x in decays], [torch.empty_like(x) for x in decays]
     lasts = [torch.empty_like(x) for x in starts]
@@ -106,7 +113,7 @@ def walked(
     bounds, states, lasts = entered(seq, (*leaves, *read), starts, walks.totals, step, walks)
     size, ends = leaves[0].shape[2] * leaves[0].shape[3], [torch.empty_like(x) for x in states]
     if seq.count:
-        walks.walk[(bounds.numel() - 1, triton.cdiv(size, CHANNELS))](
+        walks.walk[(bounds.numel() - 1, cdiv(size, CHANNELS))](
             *leaves, *states, *outs, *ends, bounds,
             **walks.numbers, D=size, C=tile_of(seq), BD=CHANNELS, AFTER=int(walks.after), num_warps=1,
         )
@@ -139,11 +146,17 @@ class Vector(torch.autograd.Function):
         d_leaves, d_states = [torch.empty_like(x) for x in leaves], [torch.empty_like(x) for x in ends]
         size = leaves[0].shape[2] * leaves[0].shape[3]
         if seq.count:
-            walks.backward[(bounds.numel() - 1, triton.cdiv(size, CHANNELS))](
+            walks.backward[(bounds.numel() - 1, cdiv(size, CHANNELS))](
                 *leaves, *d_outs, *outs, *states, *ends, *d_leaves, *d_states, bounds,
                 **walks.numbers, D=size, C=tile_of(seq), BD=CHANNELS, AFTER=int(walks.after), num_warps=1,
             )
         return (None, None, None, None, *d_leaves, *(d_states if d_starts is None else d_starts))
+
+
+def together(seq: Sequences, walks: Walks, dtype: torch.dtype, count: int, *tensors: Tensor) -> Any:
+    """`Vector`; its bounds are known before, since torch.compile keeps nothing that is made inside."""
+    bounds_of(seq, tensors[0].shape[2] * tensors[0].shape[3])
+    return Vector.apply(seq, walks, dtype, count, *tensors)
 
 
 PLAIN = Walks(vector, vector_totals, vector_backward, vector_totals_reverse, False)
@@ -157,7 +170,7 @@ def vector_scan(
     if seq.one_token:
         return _elementwise.vector_scan(seq, a, b, initial, after, dtype)
     dtype = torch.promote_types(a.dtype, b.dtype) if dtype is None else dtype
-    result: tuple[Tensor, Tensor] = Vector.apply(seq, PLAIN._replace(after=after), dtype, 1, a, b, initial)
+    result: tuple[Tensor, Tensor] = together(seq, PLAIN._replace(after=after), dtype, 1, a, b, initial)
     return result
 
 
@@ -173,6 +186,7 @@ def launched(
 
 
 def max_plus_scan(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+    bounds_of(seq, a.shape[2] * a.shape[3])
     return _elementwise.max_plus_scan(seq, a, b, initial, launched)
 '''
 
@@ -210,7 +224,7 @@ def _scan(form: VectorForm, lines: Lines, w: Writer) -> None:
         kernels = ", ".join(f"{form.name}_{k}" for k in ("walk", "totals", "backward", "totals_reverse"))
         named = ", ".join(f'"{n}": {n}' for n in numbers)
         w(f"walks = Walks({kernels}, {form.after}, {{{named}}})")
-        w(f"result: tuple[Tensor, ...] = Vector.apply(seq, walks, dtype, {len(starts)}, {', '.join(tensors)})")
+        w(f"result: tuple[Tensor, ...] = together(seq, walks, dtype, {len(starts)}, {', '.join(tensors)})")
         w("return result")
 
 

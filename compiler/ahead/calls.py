@@ -57,23 +57,27 @@ class Caller:
         x = torch.empty((*before, *shape), dtype=kind, device="meta")
         return x.requires_grad_(torch.is_grad_enabled() and x.is_floating_point())
 
-    def call(self, lengths: Mapping[str, int], batch: int, state: Any = None, packed: bool = False) -> Any:
-        """One call, and its gradient where gradients are enabled; the state after it, if there is one."""
+    def call(
+        self, lengths: Mapping[str, int], batch: int, state: Any = None, packed: bool = False, keeps: bool = True
+    ) -> Any:
+        """One call, and its gradient where gradients are enabled; the state after it, if there is one and it `keeps`
+        one."""
+        keeps = keeps and self.resumes
         inputs = {n: self.tensor(t, lengths, batch) for n, t in self.unit["inputs"].items()}
         more = {name: torch.empty(SEQUENCES + 1, dtype=torch.int64, device="meta") for name in self.offsets if packed}
         if self.is_layer:
-            if self.resumes and state is None:
+            if keeps and state is None:
                 state = self.run.init_state(SEQUENCES if packed else batch)
-            result = self.run(*inputs.values(), *([state] if self.resumes else []), **more)
+            result = self.run(*inputs.values(), *([state] if keeps else []), **more)
         else:
-            keep = {"initial_state": state, "output_final_state": True} if self.resumes else {}
+            keep = {"initial_state": state, "output_final_state": True} if keeps else {}
             result = self.run(**inputs, **self.keywords, **more, **keep)
         outs = result if isinstance(result, tuple) else (result,)
         if torch.is_grad_enabled():
             wanted = [x for x in torch.utils._pytree.tree_leaves(outs) if isinstance(x, Tensor) and x.requires_grad]
             if wanted:
                 torch.autograd.backward(wanted, [torch.empty_like(x) for x in wanted])
-        return detached(outs[-1]) if self.resumes else None
+        return detached(outs[-1]) if keeps else None
 
     def all(self) -> None:
         """Every kind of call."""
@@ -87,13 +91,15 @@ class Caller:
             with torch.set_grad_enabled(gradients):
                 for batch in BATCHES:
                     self.both(lengths, lengths, batch)
-                self.call(dict.fromkeys(self.spaces, LONG), 1)
-                if self.offsets:
-                    self.call(lengths, 1, packed=True)
-                    self.call(dict.fromkeys(self.spaces, LONG), 1, packed=True)
+                for keeps in (True, False):
+                    self.call(dict.fromkeys(self.spaces, LONG), 1, keeps=keeps)
+                    if self.offsets:
+                        self.call(lengths, 1, packed=True, keeps=keeps)
+                        self.call(dict.fromkeys(self.spaces, LONG), 1, packed=True, keeps=keeps)
 
     def both(self, lengths: Mapping[str, int], more: Mapping[str, int], batch: int) -> None:
-        """A call, and one that goes on from where it ended."""
+        """A call by itself, one that keeps a state, and one that goes on from it."""
+        self.call(lengths, batch, keeps=False)
         state = self.call(lengths, batch)
         if self.resumes:
             self.call(more, batch, state)
