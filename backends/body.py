@@ -390,8 +390,9 @@ class Body(Loops):
             dims = [*node.batch, *(["1"] * len(side) if o.thin else side)]
             call.append(f"lay({text}, ({seq}.rows, {seq}.tokens, {', '.join(dims)}), {heads})")
         size = ", ".join(f"math.prod(({''.join(a + ', ' for a in side)}))" for side in (node.batch, node.i, node.j))
-        start = f"{initial}.reshape(({seq}.count, {size}))"
-        if node.name in self.optional:
+        single = all(len(axes) == 1 for axes in (node.batch, node.i, node.j))  # laid out as the scan has it
+        start = initial if single else f"{initial}.reshape(({seq}.count, {size}))"
+        if node.name in self.optional and start != state_name(node.name):
             start = f"None if {state_name(node.name)} is None else {start}"
         elif node.id in self.operations:
             read = [o.name for o in (*form.gates, *(o for pair in form.writes for o in pair))]
@@ -405,11 +406,14 @@ class Body(Loops):
         for index, (q, name) in enumerate(zip(form.queries, results)):
             if index in outs:
                 kept = node.j if q.side == "i" else node.i
-                self.w(f"{name} = {name}.reshape({', '.join([f'{seq}.rows', f'{seq}.tokens', *node.batch, *kept])})")
+                if not single:
+                    full = ", ".join([f"{seq}.rows", f"{seq}.tokens", *node.batch, *kept])
+                    self.w(f"{name} = {name}.reshape({full})")
                 self.names[outs[index].id] = name
         axes = (*node.batch, *node.i, *node.j)
-        final = f"{last}.reshape({', '.join([f'{seq}.count', *axes])})"
-        absent = f"None if {last} is None else " if node.name in self.optional else ""
+        final = last if single else f"{last}.reshape({', '.join([f'{seq}.count', *axes])})"
+        optional = node.name in self.optional and not (single and node.declared == axes)
+        absent = f"None if {last} is None else " if optional else ""
         self.scan_out(node, final, axes, outs.get(len(form.queries)), absent)
 
     def state_in(self, node: N.Scan, axes: tuple[str, ...]) -> str:

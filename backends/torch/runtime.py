@@ -461,8 +461,10 @@ def once() -> None:
 
 def lay(x: Tensor, shape: tuple[int, ...], heads: int) -> Tensor:
     """Repeat x to [B, T, *axes], then join the first `heads` axes to H and the others to D: [B, T, H, D]."""
-    x = x if x.shape == shape else x.expand(shape)  # each view costs a call's host time
-    return x.reshape(*shape[:2], math.prod(shape[2 : 2 + heads]), math.prod(shape[2 + heads :]))
+    laid = (*shape[:2], math.prod(shape[2 : 2 + heads]), math.prod(shape[2 + heads :]))
+    if x.shape == shape == laid:  # each view costs host time, forward and backward
+        return x
+    return (x if x.shape == shape else x.expand(shape)).reshape(laid)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

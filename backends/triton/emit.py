@@ -352,7 +352,7 @@ def _schedules(made: list[tuple[ScanForm, dict[str, Kernel]]], w: Writer) -> Non
         w("i, j, warps, stages = SAFE if exact else SCHEDULES[kernel]")
         w("if not exact and programs(walks, I, J, i, j) < IDLE <= programs(walks, I, J):")
         w(f"    i, j, warps, stages = {NARROW}")
-        w("i, j = (min(b, max(BLOCK, power_of_two(n))) for b, n in ((i, I), (j, J)))")
+        w("i, j = min(i, max(BLOCK, power_of_two(I))), min(j, max(BLOCK, power_of_two(J)))")
         w('return {"BI": i, "BJ": j, "num_warps": warps, "num_stages": stages}')
     w()
     w()
