@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -102,6 +105,19 @@ def results(made: Callable[..., Tensor], x: Tensor, cu_seqlens: Tensor, weights:
     x = x.detach().requires_grad_()
     y = made(x, cu_seqlens=cu_seqlens)
     return [y, *torch.autograd.grad(y.square().sum(), [x, *weights])]
+
+
+def test_kernels_are_traced_without_a_break() -> None:
+    """A compiled call launches the kernels that a call launches, dense and packed, forward and backward."""
+    script, names = Path(__file__).parent / "traced_calls.py", ("gated_linear_attention", "hgrn")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, script, *(SPECS / f"{name}.spec" for name in names)],
+                          env=environment, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, found in zip(names, json.loads(done.stdout)):
+        for batch in found:
+            assert batch["compiled"] == batch["eager"] and len(batch["eager"]) > 1, name
+    assert all("fill_tables" in packed["eager"] for _, packed in json.loads(done.stdout))
 
 
 @pytest.mark.parametrize(("name", "more"), PACKED)
