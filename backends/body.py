@@ -294,7 +294,8 @@ class Body(Loops):
             self.w(f"# {scan.name}: {self.lines.code(scan.span)}")
         full = f"({', '.join([f'{seq}.rows', f'{seq}.tokens', *axes])})"
         size = f"1, math.prod(({''.join(a + ', ' for a in axes)}))"
-        leaves = [f"lay({self.operand(x, form.scans[0], axes, home, '')}, {full}, 0)" for x in form.leaves]
+        readers = [next(s for s in form.scans if s.prologue and x in s.prologue.leaves) for x in form.leaves]
+        leaves = [f"lay({self.operand(x, s, axes, home, '')}, {full}, 0)" for x, s in zip(form.leaves, readers)]
         starts = [f"{self.state_in(s, axes)}.reshape({seq}.count, {size})" for s in form.scans]
         reads: list[str] = []
         for scan in form.scans:

@@ -10,6 +10,7 @@ from typing import Literal
 from chunkc.backends.writer import identifier, is_name
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Unit
+from chunkc.ir.updates import absorbed, update_of
 
 Side = Literal["i", "j"]
 Anchor = Literal["start", "blocks", "levels"]  # where kernels take a pair's decay apart: see `backends/triton/side.py`
@@ -159,7 +160,7 @@ def scan_form(scan: N.Scan, axes_of: dict[str, tuple[str, ...]], prefix: str = "
 
 
 def as_stored(unit: Unit) -> frozenset[str]:
-    """The inputs and products that only matrix scans read: they reach these in the type in which they are stored.
+    """The inputs and products that only scans load: they reach these in the type in which they are stored.
 
     Kernels compute in float32 of whatever is loaded; a copy in float32 would take longer to write and read than they
     take. A plan of ranks reads operands itself."""
@@ -167,10 +168,20 @@ def as_stored(unit: Unit) -> frozenset[str]:
         return frozenset()
     graph = unit.graph
     users, results = graph.users(), {id_ for _, id_ in graph.outputs}
+    scans = graph.of_kind(N.Scan)
+    made = {id_ for s in scans for id_ in (*(n.id for n in absorbed(graph, s)), *update_of(graph, s))}
 
     def by_scans(node: N.AnyNode) -> bool:
-        scans = [u for u in users[node.id] if isinstance(u, N.Scan) and (u.i or u.j)]
-        return bool(scans) and len(scans) == len(users[node.id]) and all(node.id in u.arguments() for u in scans)
+        readers = [u for u in users[node.id] if u.id not in made]
+        return bool(readers) and all(isinstance(u, N.Scan) and node.id in loaded(u) for u in readers)
 
     nodes = (n for n in graph.nodes if isinstance(n, N.Input | N.Linear) and n.dtype == "float")
     return frozenset(n.id for n in nodes if n.id not in results and by_scans(n))
+
+
+def loaded(scan: N.Scan) -> tuple[str, ...]:
+    """What a scan's kernels load: leaves, if they make the operands; operands, of a scan with products; else nothing
+    as it is stored."""
+    if scan.prologue is not None:
+        return scan.prologue.leaves
+    return scan.arguments() if scan.i or scan.j else ()

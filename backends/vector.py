@@ -132,7 +132,7 @@ def _form(graph: Graph, group: list[N.Scan], name: str) -> VectorForm:
 
 def inside(graph: Graph, form: VectorForm) -> set[str]:
     """The nodes of a unit's graph that the scans of a form make themselves."""
-    found = {n.id for s in form.scans for n in absorbed(graph, s, _leaves(s)) if not isinstance(n, N.Const)}
+    found = {n.id for s in form.scans for n in absorbed(graph, s) if not isinstance(n, N.Const)}
     return found | {id_ for s in form.scans for id_ in update_of(graph, s)}
 
 

@@ -29,8 +29,13 @@ def update_of(graph: Graph, scan: N.Scan) -> tuple[str, ...]:
     return (product, state) if state else ()
 
 
-def absorbed(graph: Graph, scan: N.Scan, leaves: tuple[str, ...]) -> list[N.AnyNode]:
-    """The nodes between a scan's leaves and its operands, in the graph's order."""
+def absorbed(graph: Graph, scan: N.Scan) -> list[N.AnyNode]:
+    """The nodes between the leaves of a scan's prologue and its operands, in the graph's order."""
+    return [] if scan.prologue is None else between(graph, scan, scan.prologue.leaves)
+
+
+def between(graph: Graph, scan: N.Scan, leaves: tuple[str, ...]) -> list[N.AnyNode]:
+    """The nodes between leaves and a scan's operands, in the graph's order."""
     found: set[str] = set()
     stack = [x for x in scan.arguments() if x not in leaves]
     while stack:

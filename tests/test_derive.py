@@ -142,10 +142,10 @@ def test_operands_are_what_a_prologue_makes(name: str, index: int) -> None:
     leaves = [torch.rand(scan.shape(tuple(axes), TOKENS)).double().requires_grad_() for _ in prologue.leaves]
     given = {f"leaf_{k}": x for k, x in enumerate(leaves)}
     made = outputs(over_axes(prologue.values, scan), given, TOKENS)
-    between = absorbed(graph, node, prologue.leaves)
+    made_by = absorbed(graph, node)
     inputs = [N.Input(id=x, name=f"leaf_{k}", axes=tuple(axes)) for k, x in enumerate(prologue.leaves)]
     ends = tuple(zip(scan.names, node.arguments()))
-    whole = over_axes(Graph(level="normal", nodes=(*inputs, *between), outputs=ends, axes=graph.axes), scan)
+    whole = over_axes(Graph(level="normal", nodes=(*inputs, *made_by), outputs=ends, axes=graph.axes), scan)
     wanted = outputs(whole, given, TOKENS)
     assert list(made) == list(wanted) and all(close(made[n].detach(), wanted[n].detach()) for n in made)
     grads = {n: torch.randn(scan.shape(tuple(axes), TOKENS)).double() for n in wanted}

@@ -11,6 +11,7 @@ import cases
 import pytest
 import torch
 from emitted import Case, emit, errors
+from shipped import TEXTS
 
 from chunkc.backends.package import emit_files
 from chunkc.driver import compile_source
@@ -100,3 +101,12 @@ def test_a_second_derivative_is_refused(tmp_path: Path) -> None:
     out, _ = module.vector(z, u)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(out.square().sum(), z, create_graph=True)
+
+
+@pytest.mark.parametrize("name, product", [("gated_linear_attention", "q"), ("hgrn", "u")])
+def test_what_scans_alone_read_is_as_it_is_stored(name: str, product: str) -> None:
+    """No copy in float32 of a product that kernels load, also where they make an operand of it."""
+    source = SourceFile(f"{name}.spec", TEXTS[name])
+    text = emit_files(source, compile_source(source).units, {})["__init__.py"]
+    (line,) = (x for x in text.splitlines() if f"linear(x, self.{product}.weight" in x)
+    assert ", given)" in line

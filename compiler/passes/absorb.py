@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Builder, Graph
-from chunkc.ir.updates import absorbed, update_of
+from chunkc.ir.updates import between, update_of
 from chunkc.passes.calculus import gradients
 from chunkc.passes.regions import slots, state_axes
 
@@ -67,7 +67,7 @@ def _elementwise(graph: Graph, scan: N.Scan, node: N.AnyNode) -> bool:
 
 def _prologue(graph: Graph, scan: N.Scan, leaves: tuple[str, ...]) -> N.Prologue:
     """The operands as functions of the leaves, and the leaves' gradients as functions of the operands'."""
-    names, made, whole = {}, absorbed(graph, scan, leaves), (scan.axis, *state_axes(scan))
+    names, made, whole = {}, between(graph, scan, leaves), (scan.axis, *state_axes(scan))
     forward, backward = Builder("normal", graph.axes), Builder("normal", graph.axes)
     for b in (forward, backward):
         for k, leaf in enumerate(leaves):
