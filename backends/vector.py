@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from chunkc.backends.operations import is_sharded
+from chunkc.backends.scan import EMITTED
 from chunkc.backends.writer import Lines, identifier, is_name, unused
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Graph, Unit
@@ -14,7 +15,7 @@ from chunkc.ir.updates import absorbed, update_of
 # Names that kernels of elementwise scans use for themselves: a leaf of such a name gets a number behind it.
 _EMITTED = """
 seq initial last out dtype ct device state states after before part row col has start stop length cell whole tiles edge
-done base place read h g gate add decay total bounds step D C BD AFTER tl triton torch Any Tensor Sequences vector_scan
+done base place read h g gate add decay total bounds step D C BD AFTER AI AJ BQ BR LIMIT GATE_PARTS vector_scan walks
 """
 
 
@@ -110,7 +111,11 @@ def vector_forms(unit: Unit, prefix: str = "") -> list[VectorForm]:
 
 def _form(graph: Graph, group: list[N.Scan], name: str) -> VectorForm:
     roles = _EMITTED.split()
-    taken = {*roles, *(f"{r}_{k}" for r in (*roles, "x", "d_last", "d_initial", "h_before") for k in range(len(group)))}
+    taken = {
+        *EMITTED,
+        *roles,
+        *(f"{r}_{k}" for r in (*roles, "x", "d_last", "d_initial", "h_before") for k in range(len(group))),
+    }
     taken |= {"d_last", "d_initial", "h_before"}
     leaves: dict[str, str] = {}
     numbers: dict[str, str] = {}

@@ -404,9 +404,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Where autocast chooses no types; meta tensors have none."""
-    chosen = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if chosen else nullcontext()
+    """Where autocast chooses no types; meta tensors have none. What is compiled may run, backward, where it is on."""
+    if device.type == "meta" or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type)):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def uncast(function: Function) -> Function:
