@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from chunkc.backends.operations import is_sharded
 from chunkc.backends.operations import operations as layout_operations
 from chunkc.backends.scan import LIMIT, scan_form
 from chunkc.backends.states import caches, whole_reason
@@ -20,6 +21,7 @@ from chunkc.ir.axes import Number, Size
 from chunkc.ir.diagnostics import SourceFile, Span
 from chunkc.ir.graph import Graph, Unit
 from chunkc.ir.ranges import Ranges
+from chunkc.ir.updates import absorbed
 from chunkc.passes.chunk import TILE
 
 SCHEMA = 1
@@ -133,10 +135,23 @@ def _scan(source: SourceFile, unit: Unit, scan: N.Scan, ranges: Ranges) -> dict[
         },
         "writes": len(scan.writes) or int(scan.add is not None),
         "reads": len(scan.queries) or 1,
+        "operands": _made(source, unit, scan),
         "numerics": _licence(unit, scan, gates, ranges),
         "state": [_state(graph, scan.name, scan.declared)],
         "kernels": list(_kernels(scan)),
     }
+
+
+def _made(source: SourceFile, unit: Unit, scan: N.Scan) -> dict[str, list[str]] | None:
+    """The lines of the work by which a scan's kernels make its operands, and those of what they load for it."""
+    if scan.prologue is None or is_sharded(unit, scan.axis):
+        return None
+
+    def places(ids: Iterable[str]) -> list[str]:
+        return sorted({_place(source, unit.graph[id_].span) for id_ in ids} - {""}, key=lambda p: int(p.split(":")[-1]))
+
+    work = [n.id for n in absorbed(unit.graph, scan) if isinstance(n, N.Map)]
+    return {"made_at": places(work), "loaded_from": places(scan.prologue.leaves)} if work else None
 
 
 def _kernels(scan: N.Scan) -> Iterable[dict[str, Any]]:
@@ -410,6 +425,9 @@ def _render_recurrence(r: dict[str, Any]) -> list[str]:
             f"    transition  {t['algebra']}, {t['structure']}, {t['dependence']}, {t['field']}{gates}",
             f"    numerics    gate {n['gate']}; anchoring {n['anchoring']}; gradient {n['gate_gradient']}",
         ]
+        if made := r["operands"]:
+            loaded, at = ", ".join(made["loaded_from"]), ", ".join(made["made_at"])
+            out.append(f"    operands    made in its kernels ({at}) of what is loaded ({loaded})")
     for way in dict.fromkeys(k["pass"] for k in r.get("kernels", ())):
         own = [k for k in r["kernels"] if k["pass"] == way]
         moved = "; ".join(f"{k['name']} {_cost_text(k['elements'])}" for k in own)

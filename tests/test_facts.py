@@ -70,6 +70,17 @@ def test_facts_are_printed(name: str) -> None:
     assert all(r["line"].startswith(f"{name}.spec:") for r in found[0]["recurrences"])
 
 
+def test_which_work_kernels_do_is_said() -> None:
+    found = {name: facts(compiled(name))[0]["recurrences"][0].get("operands") for name in ("vector", "gated", "delta")}
+    lines = cases.OPS["vector"].splitlines()
+    line = {text: f"vector.spec:{1 + next(k for k, x in enumerate(lines) if text in x)}" for text in ("input", "c = ")}
+    assert found == {
+        "vector": {"made_at": [line["c = "]], "loaded_from": [line["input"]]}, "gated": None, "delta": None,
+    }  # fmt: skip
+    text = render_facts(facts(compiled("vector")))
+    assert f"operands    made in its kernels ({line['c = ']}) of what is loaded ({line['input']})" in text
+
+
 @pytest.mark.parametrize("name, used, launches", [
     ("gated", "passes", (["states", "read_j"], ["ends", "grad_j", "grad_i"])),
     ("vector", "walk", ([], [])), ("max_plus", "walk", ([], [])), ("delta", "steps", ([], [])),
