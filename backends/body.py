@@ -297,10 +297,7 @@ class Body(Loops):
         readers = [next(s for s in form.scans if s.prologue and x in s.prologue.leaves) for x in form.leaves]
         leaves = [f"lay({self.operand(x, s, axes, home, '')}, {full}, 0)" for x, s in zip(form.leaves, readers)]
         starts = [f"{self.state_in(s, axes)}.reshape({seq}.count, {size})" for s in form.scans]
-        reads: list[str] = []
-        for scan in form.scans:
-            outs = self.outs(scan)
-            reads.append(self.updates[scan.id][1] if form.after else outs[0].id if 0 in outs else "")
+        reads = [self.read_of(s) for s in form.scans]
         states = [identifier(s.name) for s in form.scans]
         befores = [self.fresh(s if form.after else f"{s}_before") for s in states]
         lasts = [self.fresh(f"{s}_last") for s in states]
@@ -310,22 +307,31 @@ class Body(Loops):
             self.w(f"    {line},")
         self.w(f")  # {self.lines.place(form.scans[0].span)}")
         for scan, read, before, last, start in zip(form.scans, reads, befores, lasts, starts):
-            if scan.stop:
-                self.w(f"{before}, {last} = stopped({seq}, {before}, {last}, {start})")
-            if read:
-                self.w(f"{before} = {before}.reshape({', '.join([f'{seq}.rows', f'{seq}.tokens', *axes])})")
-                self.names[read] = before
-            final = f"{last}.reshape({', '.join([f'{seq}.count', *axes])})"
-            self.scan_out(scan, final, axes, self.outs(scan).get(1))
+            self.vector_out(scan, axes, read, before, last, start)
+
+    def read_of(self, node: N.Scan) -> str:
+        """The value that an elementwise scan gives for each token; empty if nothing reads one."""
+        outs = self.outs(node)
+        return self.updates[node.id][1] if node.id in self.updates else outs[0].id if 0 in outs else ""
+
+    def vector_out(self, node: N.Scan, axes: tuple[str, ...], read: str, before: str, last: str, start: str) -> None:
+        """What follows the call of an elementwise scan: its results as the graph has them, and the state after it."""
+        seq, _ = self.along(node)
+        if node.stop:
+            self.w(f"{before}, {last} = stopped({seq}, {before}, {last}, {start})")
+        if read:
+            self.w(f"{before} = {before}.reshape({', '.join([f'{seq}.rows', f'{seq}.tokens', *axes])})")
+            self.names[read] = before
+        self.scan_out(node, f"{last}.reshape({', '.join([f'{seq}.count', *axes])})", axes, self.outs(node).get(1))
 
     def vector_scan(self, node: N.Scan, axes: tuple[str, ...], initial: str) -> None:
         seq, home = self.along(node)
-        outs, state = self.outs(node), identifier(node.name)
+        state = identifier(node.name)
         full = f"({seq}.rows, {seq}.tokens, {', '.join(axes)})" if axes else f"({seq}.rows, {seq}.tokens)"
         gate = self.operand(node.gates[0].arg if node.gates else None, node, axes, home, "1.0")
         add = self.operand(node.add, node, axes, home, "0.0")
         kind = "max_plus_scan" if node.algebra == "max-plus" else "vector_scan"
-        read = self.updates[node.id][1] if node.id in self.updates else outs[0].id if 0 in outs else ""
+        read = self.read_of(node)
         before, last = self.fresh(state if node.id in self.updates else f"{state}_before"), self.fresh(f"{state}_last")
         size = f"1, math.prod(({''.join(a + ', ' for a in axes)}))"
         call = [f"lay({gate}, {full}, 0)", f"lay({add}, {full}, 0)"]
@@ -339,13 +345,7 @@ class Body(Loops):
         self.w(f"{before}, {last} = {module}.{kind}(")
         self.w(f"    {seq}, {call[0]},")
         self.w(f"    {call[1]}, {start}{after}){place}")
-        if node.stop:
-            self.w(f"{before}, {last} = stopped({seq}, {before}, {last}, {start})")
-        shape = ", ".join([f"{seq}.rows", f"{seq}.tokens", *axes])
-        if read:
-            self.w(f"{before} = {before}.reshape({shape})")
-            self.names[read] = before
-        self.scan_out(node, f"{last}.reshape({', '.join([f'{seq}.count', *axes])})", axes, outs.get(1))
+        self.vector_out(node, axes, read, before, last, start)
 
     def read_type(self, node: N.Scan, read: str) -> str:
         """The type in which a scan gives its states: that of results if they are nothing else."""

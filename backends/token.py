@@ -6,15 +6,10 @@ from dataclasses import dataclass
 
 from chunkc.backends.scan import ScanForm, Side, scan_form
 from chunkc.ir import nodes as N
-from chunkc.ir.graph import Graph, Unit
+from chunkc.ir.graph import ELEMENTWISE, Graph, Unit
 
 # Functions of numbers, by how the text of a call computes them.
 NUMBERS = {"+": "({} + {})", "-": "({} - {})", "*": "({} * {})", "/": "({} / {})", "neg": "(-{})", "as": "{}"}
-# Functions that a kernel of one token has.
-ELEMENTWISE = frozenset(
-    ("+", "-", "*", "/", "neg", "as", "stop", "exp", "log", "tanh", "sigmoid", "silu", "gelu", "relu", "softplus",
-     "logsigmoid", "abs", "sin", "cos", "erf", "min", "max")
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,4 +80,4 @@ def _simple(node: N.AnyNode, scan: N.Scan) -> bool:
         return scan.axis in node.axes
     if isinstance(node, N.Reduce):
         return node.fn == "sum" and node.chunk is None and node.over in (scan.i, scan.j)
-    return isinstance(node, N.Out) or isinstance(node, N.Map) and node.fn in ELEMENTWISE
+    return isinstance(node, N.Out) or isinstance(node, N.Map) and node.fn in (*ELEMENTWISE, "stop")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from chunkc.backends.operations import is_sharded
 from chunkc.backends.scan import EMITTED
-from chunkc.backends.writer import Lines, identifier, is_name, unused
+from chunkc.backends.writer import Lines, Writer, identifier, is_name, unused
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Graph, Unit
 from chunkc.ir.updates import absorbed, update_of
@@ -51,6 +52,14 @@ class VectorForm:
     def names(self, role: str) -> list[str]:
         return [s.name(role) for s in self.states]
 
+    def function(self, w: Writer) -> AbstractContextManager[None]:
+        """The head of `NAME_scan`, which both back ends have; its statements are written inside."""
+        tensors = [f"{n}: Tensor" for n in (*self.leaves.values(), *self.names("initial"))]
+        numbers = [f"{n}: float" for n in self.numbers.values()]
+        w(f"def {self.name}_scan(")
+        w(f"    seq: Sequences, {', '.join([*tensors, 'dtype: torch.dtype', *numbers])},")
+        return w.indented(") -> tuple[Tensor, ...]:")
+
     def doc(self, lines: Lines) -> str:
         states, when = ", ".join(s.name for s in self.scans), "after" if self.after else "before"
         place = lines.place(self.scans[0].span)
@@ -72,12 +81,13 @@ def _groups(graph: Graph, scans: list[N.Scan]) -> Iterator[list[N.Scan]]:
     """Scans beside each other that run over the same tokens, of leaves that they share, none needing another."""
     places = {n.id: k for k, n in enumerate(graph.nodes)}
     groups: list[list[N.Scan]] = []
+    walks = {s.id: _walk(graph, s) for s in scans}
     for scan in scans:
         for group in groups:
             first = group[0]
             between = graph.nodes[places[first.id] : places[scan.id]]
             if (
-                _walk(graph, first) == _walk(graph, scan)
+                walks[first.id] == walks[scan.id]
                 and set(_leaves(first)) & set(_leaves(scan))
                 and not any(isinstance(n, N.Segment | N.Recur) for n in between)
                 and not {s.id for s in group} & {n for leaf in _leaves(scan) for n in graph.reachable([leaf])}

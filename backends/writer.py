@@ -27,6 +27,13 @@ class Writer:
         yield
         self.depth -= 1
 
+    def paste(self, text: str) -> None:
+        """A text of several lines, two lines below what is there."""
+        self()
+        self()
+        for line in text.strip().splitlines():
+            self(line)
+
     def text(self) -> str:
         return "\n".join(self.lines).rstrip() + "\n"
 

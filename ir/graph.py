@@ -264,6 +264,11 @@ def gather_axes(arg: tuple[str, ...], index: tuple[str, ...], axis: str) -> tupl
     return (*rest[:at], *new, *rest[at:])
 
 
+# Functions of real numbers that kernels have, and whose derivatives they have.
+ELEMENTWISE = frozenset(
+    ("+", "-", "*", "/", "neg", "as", "exp", "log", "tanh", "sigmoid", "silu", "gelu", "relu", "softplus", "logsigmoid",
+     "abs", "sin", "cos", "erf", "min", "max")
+)  # fmt: skip
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 LOGICAL = ("and", "or", "not")
 

@@ -12,16 +12,12 @@ from chunkc.ir.graph import Unit
 def emit_vector_scan(form: VectorForm, unit: Unit, lines: Lines, w: Writer) -> None:
     """The function `NAME_scan`, which has the arguments of the one with kernels."""
     leaves = list(form.leaves.values())
-    numbers = list(form.numbers.values())
-    typed = [f"{n}: Tensor" for n in [*leaves, *form.names("initial")]]
-    w(f"def {form.name}_scan(")
-    w(f"    seq: Sequences, {', '.join([*typed, 'dtype: torch.dtype', *(f'{n}: float' for n in numbers)])},")
-    with w.indented(") -> tuple[Tensor, ...]:"):
+    with form.function(w):
         w(f'"""{form.doc(lines)}"""')
         w(f"ct, device = {form.names('initial')[0]}.dtype, {form.names('initial')[0]}.device")
         w(f"{', '.join(leaves)} = {', '.join(f'{n}.to(ct)' for n in leaves)}")
         body = Body(unit, lines, w, "")
-        body.taken |= {*leaves, "seq", "dtype", "ct", "device", *numbers}
+        body.taken |= {*leaves, "seq", "dtype", "ct", "device", *form.numbers.values()}
         for k, state in enumerate(form.states):
             gate, add = _operands(body, state, form)
             initial, after = state.name("initial"), form.after

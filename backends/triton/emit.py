@@ -136,13 +136,15 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     """`_kernels.py` of a package; `tiles` are the functions of each unit's attentions."""
     w = Writer()
     attends = [(u, n) for u in units for n in u.graph.of_kind(N.Attend)]
+    scans = [(u, s) for u in units for s in u.graph.of_kind(N.Scan)]
+    elementwise = any(not (s.i or s.j) for _, s in scans)
     w("from __future__ import annotations")
     w()
     if attends or any(token_form(u, "") is not None for u in units):
         w("import math")
     if attends:
         w("from functools import partial")
-    if any(not (s.i or s.j) for u in units for s in u.graph.of_kind(N.Scan)):
+    if elementwise:
         w("from collections.abc import Sequence")
         w("from typing import Any, NamedTuple")
     else:
@@ -154,7 +156,7 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     w("from torch import Tensor")
     w()
     w("from . import _runtime")
-    if any(not (s.i or s.j) for u in units for s in u.graph.of_kind(N.Scan)):
+    if elementwise:
         w("from . import _elementwise, _torch")
     if attends:
         w("from ._attend import Attention, Kernels, attend")
@@ -165,11 +167,10 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     w()
     w()
     _settings(w)
-    scans = [(u, s) for u in units for s in u.graph.of_kind(N.Scan)]
     forms = [(u, _form(u, s, prefix_of(u, units))) for u, s in scans if s.i or s.j]
     if scans:
         emit_tables(w, matrices=bool(forms))
-    if len(forms) < len(scans):
+    if elementwise:
         emit_vector([f for u in units for f in vector_forms(u, prefix_of(u, units))], lines, w)
     made = [(form, kernels_of(form, lines, spans_of(unit, lines))) for unit, form in forms]
     if made:
@@ -368,10 +369,7 @@ def _join(w: Writer) -> None:
     w()
     w()
     kernel.print(w)
-    w()
-    w()
-    for line in WALKS.strip().splitlines():
-        w(line)
+    w.paste(WALKS)
 
 
 def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -> None:

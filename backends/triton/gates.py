@@ -98,7 +98,7 @@ class GateKernel(OneSide):
             if self.own.thin:
                 b.add(self.total, self.thin_spread(Expr("inner"), flow))
             else:
-                behind = t.mask("onward" if t.late else "later")
+                behind = t.behind
                 outward = Expr("half").rows.same(Expr("half").cols) & where(
                     Expr("upper").rows, behind, t.mask("earlier")
                 )
@@ -163,7 +163,7 @@ class GateKernel(OneSide):
             mask = t.since if state == "states" else t.mask("later")
             b.add(self.total, self.thin_spread(mask, flow))
         else:
-            passed = t.mask("onward" if t.late else "later") if state == "states" else t.mask("earlier")
+            passed = t.behind if state == "states" else t.mask("earlier")
             b.add(self.total, masked_sum(passed, flow, "PARTS"))
 
     def decay(self, state: str, gate: Expr, thin: bool) -> Expr:

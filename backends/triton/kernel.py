@@ -170,6 +170,10 @@ def maximum(a: Value, b: Value) -> Expr:
     return call("tl.maximum", a, b)
 
 
+def minimum(a: Value, b: Value) -> Expr:
+    return call("tl.minimum", a, b)
+
+
 def exp(x: Expr) -> Expr:
     return call("tl.exp", x)
 

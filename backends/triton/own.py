@@ -106,7 +106,7 @@ class SideKernel(SideBase):
         if self.reads:
             gaps = masked_sum(t.since, where(t.mask("earlier"), column, 0.0), "GATE_PARTS")
         if self.writes:
-            behind = t.mask("onward" if t.late else "later")
+            behind = t.behind
             upward = masked_sum(t.mask("later"), where(behind, column, 0.0), "GATE_PARTS")
             gaps = upward if gaps is None else gaps + upward
         assert gaps is not None
@@ -162,7 +162,7 @@ class SideKernel(SideBase):
         writes before it that reach the last one, the first state's own way to the last, and pairs that straddle it:
         these are a matrix here, and nothing is subtracted."""
         b, t, gate = self.b, self.t, self.gate_operand()
-        behind = t.mask("onward" if t.late else "later")
+        behind = t.behind
         self.load_own()  # anew, so that it is not kept until here
         straddling: list[Expr] = []
         for m, r in self.pairs:
@@ -290,17 +290,12 @@ class SideKernel(SideBase):
             d_read = b.let(self.read_name(m), Expr(self.read_name(m)) * t.from_start(gate, False))
             if self.plan.gate:
                 flow = b.let("flowing", real(self.readers[m].on(self.x)) * d_read)
-                with self.cancelling(self.behind, flow):
+                with self.cancelling(t.behind, flow):
                     b.add(Expr("flow"), flow)
                     if not t.late:
                         b.add(Expr("flow_of_reads"), flow)
         for name in [*(self.write_name(r) for r in self.writes), *(self.read_name(m) for m in self.reads)]:
             self.own_pairs(name)
-
-    @property
-    def behind(self) -> Expr:
-        """For each gate the reads that are behind it."""
-        return self.t.mask("onward" if self.t.late else "later")
 
     @contextmanager
     def cancelling(self, passes: Expr, flow: Expr) -> Iterator[None]:
@@ -329,7 +324,7 @@ class SideKernel(SideBase):
                 if self.plan.gate:
                     flow = b.let("flowing", real(rows) * part)
                     same = Expr("half").rows.same(Expr("half").cols)
-                    with self.cancelling(same & where(upper, self.behind, t.mask("earlier")), flow):
+                    with self.cancelling(same & where(upper, t.behind, t.mask("earlier")), flow):
                         b.add(Expr("flow"), where(upper, flow, -flow))
                         if not t.late:
                             b.add(Expr("flow_of_reads"), where(upper, flow, 0.0))

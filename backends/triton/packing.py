@@ -75,7 +75,4 @@ def emit_tables(w: Writer, matrices: bool) -> None:
     w()
     fill_kernel().print(w)
     for text in (TABLES, PLACES) if matrices else (TABLES,):
-        w()
-        w()
-        for line in text.strip().splitlines():
-            w(line)
+        w.paste(text)

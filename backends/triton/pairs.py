@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 from chunkc.backends.attend import Form
 from chunkc.backends.layout import generic
-from chunkc.backends.triton.kernel import Builder, Expr, Loop, call, dot, lift, maximum, over, trans, where
+from chunkc.backends.triton.kernel import Builder, Expr, Loop, call, dot, lift, maximum, minimum, over, trans, where
 from chunkc.backends.writer import is_name, unused
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Size
@@ -329,11 +330,6 @@ class Pairs:
             return joined((args[0] % args[1] + args[1]) % args[1], parts)
         if node.fn in FUNCTIONS:
             return joined(FUNCTIONS[node.fn](*args), parts)
-        if node.fn in ("min", "max"):
-            out = args[0]
-            for x in args[1:]:
-                out = call(f"tl.{node.fn}imum", out, x)
-            return joined(out, parts)
         raise NoKernel(f"it has {node.fn} of what differs from pair to pair")
 
     def computed(self, id_: str) -> str | None:
@@ -510,5 +506,6 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "gelu": lambda a: a * 0.5 * (call("tl.erf", a * 0.7071067811865476) + 1.0),
     "relu": lambda a: maximum(a, 0.0), "softplus": _softplus, "logsigmoid": lambda a: -_softplus(-a),
     "abs": lambda a: call("tl.abs", a), "floor": lambda a: call("tl.floor", a).to("tl.int64"),
+    "min": lambda *a: reduce(minimum, a), "max": lambda *a: reduce(maximum, a),
     "sin": lambda a: call("tl.sin", a), "cos": lambda a: call("tl.cos", a), "erf": lambda a: call("tl.erf", a),
 }  # fmt: skip

@@ -123,7 +123,7 @@ class SideBase(OneSide):
 
     def half(self, reads: bool) -> Expr:
         """The pairs of reads, a row's with all writes; or of writes, a row's with all reads."""
-        return self.t.since if reads else self.t.mask("onward" if self.t.late else "later")
+        return self.t.since if reads else self.t.behind
 
     def used(self, m: int, r: int, mask: Expr) -> Expr:
         """Scores of the pairs that a mask names."""

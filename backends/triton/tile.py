@@ -94,6 +94,11 @@ class Tile:
         """The gates that a read at a token is behind, from the tile's start."""
         return self.mask("upto" if self.late else "earlier")
 
+    @property
+    def behind(self) -> Expr:
+        """The reads that are behind a token's gate: that at the token, too, if reads come after the update."""
+        return self.mask("onward" if self.late else "later")
+
     def closed(self) -> tuple[Statement, ...]:
         """All statements, with the masks that are used."""
         row = Expr("row")

@@ -49,12 +49,7 @@ class _Token:
         given = [found[a] for a in node.args]
         sides = "".join(s for s in "ij" if any(s in side for _, side in given))
         args = [self.laid(x, sides) for x in given]
-        if node.fn in FUNCTIONS:
-            return FUNCTIONS[node.fn](*args), sides
-        out = args[0]
-        for x in args[1:]:
-            out = call(f"tl.{node.fn}imum", out, x)
-        return out, sides
+        return FUNCTIONS[node.fn](*args), sides
 
     def sum(self, value: Value, over: str) -> Value:
         """The sum over a side; what lies beyond it may be anything, also not finite."""

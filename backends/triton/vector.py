@@ -170,20 +170,12 @@ class _Work:
                 found[node.id] = lift(self.form.number(node))
                 continue
             assert isinstance(node, N.Map), "a prologue is elementwise"
-            value = self.map(node, [found[a] for a in node.args])
+            value = FUNCTIONS[node.fn](*(found[a] for a in node.args))
             often = sum(u.id in reached for u in uses[node.id]) > 1 or len(value.text()) > LONG
             if often and value not in self.known:
                 self.known[value] = self.b.let(f"{self.prefix}x_{len(self.known)}", value)
             found[node.id] = self.known.get(value, value)
         return found
-
-    def map(self, node: N.Map, args: list[Expr]) -> Expr:
-        if node.fn not in ("min", "max"):
-            return FUNCTIONS[node.fn](*args)
-        out = args[0]
-        for x in args[1:]:
-            out = call(f"tl.{node.fn}imum", out, x)
-        return out
 
 
 def plain_kernels() -> list[Kernel]:

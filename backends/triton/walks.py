@@ -193,9 +193,9 @@ def max_plus_scan(seq: Sequences, a: Tensor, b: Tensor, initial: Tensor) -> tupl
 
 def emit_vector(forms: list[VectorForm], lines: Lines, w: Writer) -> None:
     """What all elementwise scans of a package share, and the kernels of each."""
-    _text(HELPERS, w)
+    w.paste(HELPERS)
     _kernels(plain_kernels(), w)
-    _text(LAUNCHES, w)
+    w.paste(LAUNCHES)
     for form in forms:
         _kernels(own_kernels(form), w)
         _scan(form, lines, w)
@@ -214,10 +214,7 @@ def _scan(form: VectorForm, lines: Lines, w: Writer) -> None:
     tensors, given = [*leaves, *starts], ", ".join([*leaves, *starts, "dtype", *numbers])
     w()
     w()
-    w(f"def {form.name}_scan(")
-    typed = ", ".join([*(f"{n}: Tensor" for n in tensors), "dtype: torch.dtype", *(f"{n}: float" for n in numbers)])
-    w(f"    seq: Sequences, {typed},")
-    with w.indented(") -> tuple[Tensor, ...]:"):
+    with form.function(w):
         w(f'"""{form.doc(lines)}"""')
         with w.indented("if seq.one_token:"):
             w(f"return _torch.{form.name}_scan(seq, {given})")
@@ -226,10 +223,3 @@ def _scan(form: VectorForm, lines: Lines, w: Writer) -> None:
         w(f"walks = Walks({kernels}, {form.after}, {{{named}}})")
         w(f"result: tuple[Tensor, ...] = together(seq, walks, dtype, {len(starts)}, {', '.join(tensors)})")
         w("return result")
-
-
-def _text(text: str, w: Writer) -> None:
-    w()
-    w()
-    for line in text.strip().splitlines():
-        w(line)

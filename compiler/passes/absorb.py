@@ -8,16 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chunkc.ir import nodes as N
-from chunkc.ir.graph import Builder, Graph
+from chunkc.ir.graph import ELEMENTWISE, Builder, Graph
 from chunkc.ir.updates import between, update_of
 from chunkc.passes.calculus import gradients
 from chunkc.passes.regions import slots, state_axes
-
-# Functions that kernels have and whose derivative is one of them.
-ABSORBED = frozenset(
-    ("+", "-", "*", "/", "neg", "as", "exp", "log", "tanh", "sigmoid", "silu", "gelu", "relu", "softplus", "logsigmoid",
-     "abs", "sin", "cos", "erf", "min", "max")
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ def _makers(graph: Graph, scans: dict[str, N.Scan]) -> dict[str, set[str]]:
 def _elementwise(graph: Graph, scan: N.Scan, node: N.AnyNode) -> bool:
     """Whether a value is a map of values laid out as the scan's state is, and of numbers."""
     whole = {scan.axis, *state_axes(scan)}
-    if not isinstance(node, N.Map) or node.fn not in ABSORBED:
+    if not isinstance(node, N.Map) or node.fn not in ELEMENTWISE:
         return False
     args = [graph[a] for a in node.args if not isinstance(graph[a], N.Const)]
     return bool(args) and all(x.dtype == "float" and set(x.axes) == whole for x in (node, *args))

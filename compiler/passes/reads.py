@@ -85,7 +85,8 @@ class AfterReads:
         return algebra.build(out) if out is not poly else None
 
     def gate(self, over: set[str]) -> tuple[Monomial, Monomial, float] | None:
-        """The state's gate as factors over what a read sums, factors beside it, and a number; None if it is a sum."""
+        """The state's gate as factors over what a read sums, factors beside it, and a number; None if it is a sum
+        that is multiplied out."""
         form = self.place.next[self.state]
         gate = self.place.algebra.factor(form.diag[self.state]) if self.state in form.diag else {}
         if len(gate) != 1:
