@@ -37,7 +37,8 @@ def compile_kernel(kernel: Any, target: str, warps: int, size: int = 128, stages
     """The compiled kernel for bfloat16 operands and I = J = `size`, in a dense batch."""
     known = {
         "H": 4, "I": size, "J": size, "D": size, "C": 64, "LEVELS": 6, "BI": 64, "BJ": 64, "BD": 64, "AFTER": 1,
-        "AI": size, "AJ": size, "DOT": tl.bfloat16, "PRECISION": "ieee", "PARTS": 2, "GATE_PARTS": 2, "LIMIT": 80.0,
+        "AI": size, "AJ": size, "DOT": tl.bfloat16, "PRECISION": "ieee", "PARTS": 2, "GATE_PARTS": 2,
+        "LIMIT": 80.0, "STAGES": 1,
         **dict.fromkeys((*TABLES, *DECAYS)), **blocks,
     }  # fmt: skip
     signature, constants = {}, {}
@@ -67,6 +68,23 @@ def usage(compiled: Any) -> dict[str, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found, text
     return {"registers": int(found[1]), "stack": int(found[2]), "shared": compiled.metadata.shared}
+
+
+def overwritten(ttgir: str) -> set[str]:
+    """Buffers that a copy may overwrite while an asynchronous product still reads them.
+
+    Triton (3.6 to 3.7.1) gives a pipelined load one buffer more if a product reads it, so that the product need not be
+    waited for; but not if registers are loaded from it, too."""
+    if not any(int(n) for n in re.findall(r"warp_group_dot_wait.*?pendings = (\d+)", ttgir)):
+        return set()
+    base: dict[str, str] = {}
+    for name, of in re.findall(r"(%[\w#]+) = ttg\.memdesc_(?:index|trans|subslice) (%[\w#]+)", ttgir):
+        base[name] = base.get(of, of)
+    copied = re.findall(r"async_copy_global_to_local %[\w#]+, (%[\w#]+)", ttgir)
+    loaded = re.findall(r"ttg\.local_load (%[\w#]+)", ttgir)
+    factors = re.findall(r"warp_group_dot (%[\w#]+), (%[\w#]+),.*isAsync", ttgir)
+    found = [{base.get(x, x) for x in names} for names in (copied, loaded, [x for pair in factors for x in pair])]
+    return found[0] & found[1] & found[2]
 
 
 def compile_attention(kernel: Any, target: str, size: int = 64) -> Any:

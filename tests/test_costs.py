@@ -123,7 +123,7 @@ def test_split_by_hand() -> None:
     found = of(long, "split")
     sums, joined, walk, tiles = found.launches
     n = found.segments
-    assert n == long.segments == 64 and [x.name for x in found.launches] == ["segments", "joined", "states", "tiles"]
+    assert n == long.segments == 32 and [x.name for x in found.launches] == ["segments", "joined", "states", "tiles"]
     assert sums.programs == walk.programs == 4 * 4 * n and joined.programs == 4 * 128 * 128 // 512
     assert sums.steps == walk.steps == 2048 // n and joined.steps == n
     kept = 4 * n * 128 * 128 * 4
@@ -131,8 +131,8 @@ def test_split_by_hand() -> None:
     assert sums.bytes == long.rows * 768 + kept
     assert walk.bytes == long.rows * (768 + 512) + kept
     assert tiles == of(long, "passes").launches[-1]
-    assert replace(long, tokens=2048).segments == replace(long, batch=8).segments == 1
-    assert "one" in of(replace(long, tokens=2048), "split").why_not
+    assert replace(long, tokens=4096).segments == replace(long, batch=8).segments == 1
+    assert "one" in of(replace(long, tokens=4096), "split").why_not
 
 
 # -- the derived kernels -----------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_what_cannot_be() -> None:
     large = of(replace(WIDE, i=1024), "fused")
     assert large.why_not and not large.launches and large.seconds == math.inf
     assert not of(replace(WIDE, i=1024), "fused", machine="mi300x").why_not  # twice the registers
-    assert of(replace(WIDE, tokens=2048), "split").why_not and not of(replace(WIDE, tokens=2049), "split").why_not
+    assert of(replace(WIDE, tokens=4096), "split").why_not and not of(replace(WIDE, tokens=4097), "split").why_not
 
 
 scans = st.builds(

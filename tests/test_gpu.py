@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -65,7 +66,7 @@ MATRIX = [n for n in cases.OPS if n not in ("vector", "max_plus", "delta")]
 @pytest.mark.parametrize("name", MATRIX)
 def test_walks_over_segments(monkeypatch, built, name, dtype):  # type: ignore[no-untyped-def]
     module, unit = built(name)
-    monkeypatch.setattr(sys.modules[f"{module.__name__}._kernels"], "CUT", 64)
+    monkeypatch.setattr(importlib.import_module(f"{module.__name__}._kernels"), "CUT", 64)
     for lengths, packed in ((PACKED, True), ([200, 200], False)):
         case = Case(SETTINGS, lengths, packed=packed, dtype=dtype, resume=True, values=gates(unit, cases.mixed),
                     device="cuda")  # fmt: skip
@@ -79,7 +80,8 @@ def test_a_sequence_cut_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, n
     """What a schedule's prefix_invariant demands, and `explain` says of every kernel."""
     text = cases.OPS[name].replace("  axes {", "  schedule { prefix_invariant = true }\n  axes {", 1)
     module, (unit,), _ = emit(text, tmp_path, f"{name}.spec")
-    monkeypatch.setattr(sys.modules[f"{module.__name__}._kernels"], "CUT", segment, raising=False)
+    kernels = importlib.import_module(f"{module.__name__}._kernels")
+    monkeypatch.setattr(kernels, "CUT", segment, raising=False)  # elementwise scans have none
     settings = {**SETTINGS, "heads": 3, "dk": 96, "dv": 128}
     case = Case(settings, [300, 300], dtype=dtype, values=gates(unit, cases.mixed), device="cuda")
     lengths = (64, 65, 130, 299) if unit.graph.of_kind(N.Reduce) else (2, 64, 65, 130, 299)

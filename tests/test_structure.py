@@ -13,7 +13,7 @@ from typing import Any
 
 import cases
 import pytest
-from crosscompile import TARGETS, compile_kernel, sources, usage
+from crosscompile import TARGETS, compile_kernel, overwritten, sources, usage
 from emitted import emit
 from shipped import RECURRENCES
 
@@ -31,7 +31,7 @@ from chunkc.ir.diagnostics import SourceFile
 SHIPPED = RECURRENCES
 TEXTS = {**SHIPPED, **cases.OPS}
 VECTOR = {k.name: k for k in plain_kernels()}
-WALKED = (("C", 32),)  # tokens of their tiles, as `_kernels.py` has it
+WALKED = (("C", 32), ("STAGES", 4))  # tokens of their tiles, as `_kernels.py` has it
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,8 @@ def dots(kernel: Kernel) -> list[set[str]]:
 @pytest.mark.parametrize("name", CHUNKED)
 def test_every_pair_has_its_dots(name: str) -> None:
     """A dot a write and tile for the states, a dot a query and tile for their gradients, and in the sides' kernels
-    a dot with the states for each read, one with their gradients for each write, and scores for each pair."""
+    a dot with the states for each read, one with their gradients for each write, and scores for each pair. A gate's
+    gradient has one of states with their gradients, too, unless these decay over the other side."""
     for scan in scans(name):
         form, kernels = scan.form, scan.kernels
         assert len(dots(kernels["states"])) == len(form.writes)
@@ -324,6 +325,9 @@ def test_every_pair_has_its_dots(name: str) -> None:
             elif role.startswith("grad_"):
                 own = [q for q in form.queries if q.side == side]
                 with_gate = any(a == f"d_{g.name}_ptr" for a in kernel.arguments for g in form.gates)
+                edges = [d for d in found if {"states", "ends"} <= d]
+                assert len(edges) == (with_gate and not any(g.side != side for g in form.wide()))
+                found = [d for d in found if d not in edges]
                 assert sum("states" in d for d in found) == len(form.queries if with_gate else own)
                 assert sum("ends" in d for d in found) == len(form.writes)
             elif role.startswith("edges_"):
@@ -436,8 +440,9 @@ def test_equal_kernels_are_compiled_once() -> None:
 
 # Bytes a thread that a kernel may keep in memory for want of registers. On a GPU these schedules were faster than those
 # that keep none (docs/performance.md); no kernel may come to more.
-SPILLS = {"read_j": 224, "read_j_start": 112, "grad_j": 208, "grad_j_start": 208, "grad_i": 640, "grad_i_start": 32}
-SPILLS_THIN = {"grad_i": 104}  # with one number a head, or no gate
+SPILLS = {"read_j": 224, "read_j_start": 112, "grad_j": 208, "grad_j_start": 208, "grad_i": 656, "grad_i_start": 112,
+          "ends": 24}  # fmt: skip
+SPILLS_THIN = {"grad_i": 144}  # with one number a head, or no gate
 
 
 @pytest.mark.parametrize("name, source", ALL_SHIPPED, ids=[f"{n}-{s.name}" for n, s in ALL_SHIPPED])
@@ -448,6 +453,14 @@ def test_what_spills_on_hopper(name: str, source: Source, folder: Path) -> None:
     most = (SPILLS if wide else SPILLS_THIN).get(source.name.partition("_")[2], 0)
     assert used["stack"] <= most, used
     assert used["shared"] <= 227 * 1024, used
+
+
+GATED = [(n, s) for n, found in unique(["value_gate", "product_gate", "both_sides"]).items() for s in found]
+
+
+@pytest.mark.parametrize("name, source", ALL_SHIPPED + GATED, ids=[f"{n}-{s.name}" for n, s in ALL_SHIPPED + GATED])
+def test_what_products_read_is_not_overwritten(name: str, source: Source, folder: Path) -> None:
+    assert not overwritten(compiled(name, source, "sm_90", folder).asm["ttgir"])
 
 
 @pytest.mark.parametrize("tile", [16, 32])

@@ -330,8 +330,8 @@ def _schedules(made: list[tuple[ScanForm, dict[str, Kernel]]], w: Writer) -> Non
     w()
     w("# Columns of the sides i and j that a program takes, warps, stages; SAFE in float32, and on AMD GPUs.")
     w(f"SAFE = {SAFE}")
-    w(f"IDLE = {IDLE}  # programs that leave a GPU idle: more then share a walk over tiles, with narrower blocks;")
-    w(f"CUT = {CUT}  # and if these are no more either, a program walks over a segment of so many tokens")
+    w(f"IDLE = {IDLE}  # programs that leave a GPU idle: then walks over tiles have narrower blocks, and so more;")
+    w(f"CUT = {CUT}  # and if these leave it idle, too, each walks over a segment of so many tokens")
     w(f"JOINED = {JOINED}  # numbers of a state that a program takes along segments")
     with w.indented("SCHEDULES: dict[str, tuple[int, int, int, int]] = {"):
         for form, role, kernel in tiled:
@@ -351,7 +351,7 @@ def _schedules(made: list[tuple[ScanForm, dict[str, Kernel]]], w: Writer) -> Non
         w('`walks`: how many walks over tiles there are, for a kernel whose programs each take a part of one."""')
         w('exact = types["DOT"] == tl.float32 or torch.version.hip is not None')
         w("i, j, warps, stages = SAFE if exact else SCHEDULES[kernel]")
-        w("if not exact and programs(walks, I, J, i, j) < IDLE <= programs(walks, I, J):")
+        w("if not exact and 0 < programs(walks, I, J, i, j) < IDLE:")
         w(f"    i, j, warps, stages = {NARROW}")
         w("i, j = min(i, max(BLOCK, power_of_two(I))), min(j, max(BLOCK, power_of_two(J)))")
         w('return {"BI": i, "BJ": j, "num_warps": warps, "num_stages": stages}')
@@ -500,7 +500,9 @@ def _call(kernel: Kernel, launch: T.Kernel, w: Writer, rename: dict[str, str]) -
     given = {"C": "TILE", "AI": "power_of_two(I)", "AJ": "power_of_two(J)", "GATE_PARTS": "parts"}
     given |= {c: c for c in ("H", "I", "J", "LEVELS")}
     given |= {c: f'types["{c}"]' for c in ("DOT", "PRECISION", "PARTS", "LIMIT")}
-    rows, walks = ("seq.count * segments", ", seq.count * H") if launch.rows == "sequences" else ("tiles", "")
+    rows, walks = (
+        ("seq.count * segments", ", seq.count * H * segments") if launch.rows == "sequences" else ("tiles", "")
+    )
     w(f'chosen = schedule("{kernel.name}", I, J, types{walks})')
     w(f"{kernel.name}[({rows} * H * {count},)](")
     w(f"    {', '.join(arguments)},")

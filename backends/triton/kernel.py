@@ -33,7 +33,7 @@ OVER = {
 }
 TILES = re.compile(r"tl\.cdiv\(length\w*, B([QR])\)")
 CONSTANTS = ("H", "I", "J", "D", "C", "LEVELS", "BI", "BJ", "BD", "BQ", "BR", "BT", "AI", "AJ", "DOT", "PRECISION",
-             "PARTS", "GATE_PARTS", "LIMIT", "AFTER")  # fmt: skip
+             "PARTS", "GATE_PARTS", "LIMIT", "AFTER", "STAGES")  # fmt: skip
 
 
 def over(stop: str, sizes: tuple[str, ...]) -> str:
@@ -223,13 +223,13 @@ class Store:
 class Loop:
     """for name in range(stop): `over` says what it runs over: tiles, levels, or blocks of a side.
 
-    With `stages`, what later steps load is on its way while one is computed."""
+    With `stages`, a number or a constant, what later steps load is on its way while one is computed."""
 
     name: str
     stop: Expr
     over: str
     body: tuple[Statement, ...]
-    stages: int = 0
+    stages: str = ""
 
 
 @dataclass(frozen=True)
@@ -359,7 +359,7 @@ class Builder:
         self.body.append(Store(pointer, value, mask))
 
     @contextmanager
-    def loop(self, name: str, stop: Value, over: str, stages: int = 0) -> Iterator[Expr]:
+    def loop(self, name: str, stop: Value, over: str, stages: str = "") -> Iterator[Expr]:
         outer, self.body = self.body, []
         yield Expr(name)
         outer.append(Loop(name, lift(stop), over, tuple(self.body), stages))

@@ -44,11 +44,21 @@ class SideKernel(SideBase):
             if self.diagonals() and not self.on_diagonal():
                 self.b.let(f"own_{m}{r}", call(ZEROS, "(C,)", "tl.float32"))
         if self.plan.gate:
-            self.b.let("edges", call(ZEROS, f"({block(self.x)},)", "tl.float32"))
+            size = block(self.x)
+            name, shape = ("edges", f"({size},)") if self.far is not None else ("edge_states", f"({size}, {size})")
+            self.b.let(name, call(ZEROS, shape, "tl.float32"))
         if self.own is None:
             self.plain()
         else:
             self.gated()
+
+    def over_blocks(self) -> None:
+        """One loop over the other side, for all that is wanted of it."""
+        with self.blocks() as part:
+            self.across(part, self.far_names(), scores=True, reads=self.reads, writes=self.writes, edges=self.plan.gate)
+        if self.plan.gate and self.far is None:
+            own = Expr(f"col_{self.x}")
+            self.b.let("edges", call("tl.sum", where(own.rows.same(own.cols), Expr("edge_states"), 0.0), 0))
 
     def doc(self) -> str:
         if self.plan.forward:
@@ -123,8 +133,7 @@ class SideKernel(SideBase):
         decays |= {self.write_name(r): "to_end" for r in self.writes}
         for name in decays:
             self.zeros(name)
-        with self.blocks() as part:
-            self.across(part, self.far_names(), scores=True, reads=self.reads, writes=self.writes, edges=self.plan.gate)
+        self.over_blocks()
         self.join_scores()
         self.load_own()
         parts: dict[str, Expr] = {}
@@ -191,8 +200,7 @@ class SideKernel(SideBase):
         gates between its tokens ([ADR 3] in `docs/adr`)."""
         for name in [*(self.read_name(m) for m in self.reads), *(self.write_name(r) for r in self.writes)]:
             self.zeros(name)
-        with self.blocks() as part:
-            self.across(part, self.far_names(), scores=True, reads=self.reads, writes=self.writes, edges=self.plan.gate)
+        self.over_blocks()
         if self.plan.anchor == "start":
             self.at_start()
         else:

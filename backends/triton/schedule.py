@@ -179,7 +179,7 @@ def join_kernel() -> Kernel:
     state = b.let("state", call("tl.zeros", "(BD,)", "tl.float32"))
     with b.when(Expr("initial_ptr").given):
         b.let("state", real(call("tl.load", Expr("initial_ptr") + whole, mask=has.text(), other="0.0")))
-    with b.loop("turn", "own", "segments", stages=3) as turn:
+    with b.loop("turn", "own", "segments", stages="3") as turn:
         row = b.let("row", (sequence * "segments" + turn) * "H" + head)
         b.store(Expr("entered_ptr") + row * "D" + cell, state, has)
         for side, number in (("i", cell // "J"), ("j", cell % "J")):

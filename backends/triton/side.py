@@ -103,7 +103,7 @@ class SideBase(OneSide):
 
     def on_diagonal(self) -> bool:
         """Whether a token's read of its own write stands in the scores."""
-        return self.far is None and self.both
+        return self.far is None
 
     def add_scores(self, m: int, r: int, read: Expr, write: Expr, mask: Expr | None = None) -> None:
         """Products of reads with writes, of the pairs that a mask names."""
@@ -111,12 +111,14 @@ class SideBase(OneSide):
         self.b.add(Expr(f"score_{m}{r}"), product if mask is None else where(mask, product, 0.0))
 
     def join_scores(self) -> None:
-        """One matrix: its lower half belongs to reads, its upper half to writes."""
+        """Of both kinds of scores one matrix: its lower half belongs to reads, its upper half to writes."""
         b, row = self.b, Expr("row")
-        for m, r in self.pairs if self.both else ():
+        for m, r in self.pairs:
             score = Expr(f"score_{m}{r}")
             if self.diagonals() and self.on_diagonal():
                 b.let(f"own_{m}{r}", call("tl.sum", where(row.rows.same(row.cols), score, 0.0), 1))
+            if not self.both:
+                continue
             if self.thin is None:
                 b.let(score.op, score.to("DOT"))
             b.let(score.op, where(self.t.mask("earlier"), score, trans(score)))
@@ -174,11 +176,7 @@ class SideBase(OneSide):
             written = scaled(self.writers[r].on(o), None if gate is None else t.to_end(gate, False))
             b.add(Expr(self.write_name(r)), dot(written, self.from_far(self.state("ends"))))
         if edges:
-            product = real(self.state("states")) * real(self.state("ends"))
-            if gate is not None:
-                total = t.total(gate, False)
-                product = product * (total.rows if o == "i" else total.cols)
-            b.add(Expr("edges"), call("tl.sum", product, 0 if o == "i" else 1))
+            self.add_edges(gate)
         if scores:
             self.scores(reading, gate)
 
@@ -187,6 +185,17 @@ class SideBase(OneSide):
         write."""
         sums = self.b.let(name, upto)
         return sums if self.t.late else self.b.let(f"{name}_read", sums - gate)
+
+    def add_edges(self, gate: Expr | None) -> None:
+        """The product of the states at the tile's edges, summed over the other side: of a product of matrices the
+        diagonal, since what is loaded ahead for products may not be read as anything else."""
+        b, states, ends = self.b, self.state("states"), self.state("ends")
+        if gate is None:
+            b.add(Expr("edge_states"), dot(states if self.x == "i" else trans(states), self.from_far(ends)))
+            return
+        total = self.t.total(gate, False)
+        product = real(states) * real(ends) * (total.rows if self.o == "i" else total.cols)
+        b.add(Expr("edges"), call("tl.sum", product, 0 if self.o == "i" else 1))
 
     def state(self, which: str) -> Expr:
         """A block of a state [BI, BJ], loaded once."""

@@ -11,14 +11,15 @@ Schedule = tuple[int, int, int, int]  # columns of the sides i and j, warps, sta
 SAFE: Schedule = (64, 64, 8, 1)  # with products in float32, whose tiles take twice the room; on AMD's smaller memory
 NARROW: Schedule = (64, 64, 4, 3)  # of a walk over tiles
 IDLE = 128  # programs that leave a GPU idle
-CUT = 2048  # tokens of a segment, where sequences are cut
+CUT = 4096  # tokens of a segment, where sequences are cut
 JOINED = 512  # numbers of a state that a program takes along segments
 
 
 def default_schedule(form: ScanForm, role: str) -> Schedule:
     """A kernel's schedule on Hopper, with products in bfloat16."""
     if role in ("states", "ends"):
-        return 64, 128, 4, 2
+        pairs = form.write_pairs() if role == "states" else form.query_pairs()
+        return 64, 128, 4, 3 if len(pairs) == 1 else 2
     if role.startswith(("edges", "gate")):
         return SAFE
     side = role.split("_")[1]

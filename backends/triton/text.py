@@ -90,7 +90,7 @@ class _Reader:
             stop = self.expr(node.iter.args[0])
             if not (what := over(stop.text(), self.sizes)):
                 raise ValueError(f"line {node.lineno}: a loop over {stop.text()}")
-            stages = next((int(self.source(k.value)) for k in node.iter.keywords), 0)
+            stages = next((self.source(k.value) for k in node.iter.keywords), "")
             return Loop(node.target.id, stop, what, self.body(node.body, node.lineno), stages)
         if isinstance(node, ast.If):
             orelse = self.body(node.orelse, node.orelse[0].lineno) if node.orelse else ()

@@ -15,7 +15,6 @@ from chunkc.backends.vector import PLAIN, State, VectorForm
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Graph
 
-STAGES = 4  # tiles of which one is walked over while the others come from memory
 LONG = 60  # characters of an expression that becomes a statement
 Wanted = tuple[State, Graph, list[str]]  # values of a graph of a state's
 
@@ -55,7 +54,7 @@ class _Walk:
     def loops(self, tile: Callable[[], None]) -> None:
         for self.ragged in (False, True):
             stop, over = (Expr("tiles") - "whole", "tiles") if self.ragged else (Expr("whole"), "whole tiles")
-            with self.b.loop("step", stop, over, 0 if self.ragged else STAGES) as step:
+            with self.b.loop("step", stop, over, "" if self.ragged else "STAGES") as step:
                 done = self.b.let("done", (step + "whole" if self.ragged else step) * "C")
                 self.b.let("base", (self.stop - done - "C" if self.reverse else self.start + done) * "D")
                 self.b.let("place", done + self.row)

@@ -10,7 +10,9 @@ from chunkc.backends.writer import Lines, Writer
 
 HELPERS = '''
 CHANNELS = 64  # of a program that walks along a sequence: a warp
-WALKED, SHORT = 32, 16  # tokens of a tile, and of one of short sequences
+# Tokens of a tile, and how many tiles there is room for, since the next ones come from memory while one is walked over.
+# Short sequences are hardly more than one: there the room would only keep programs off a multiprocessor.
+WALKED, SHORT = {"C": 32, "STAGES": 4}, {"C": 16, "STAGES": 1}
 SEGMENT = 1024  # tokens of a segment
 FEW = 96  # programs that leave a GPU idle: then each walks along a segment
 
@@ -55,9 +57,9 @@ def product(x):
 '''
 
 LAUNCHES = '''
-def tile_of(seq: Sequences) -> int:
-    """Tokens of a tile. A walk is token by token in either, with the same bits."""
-    return SHORT if seq.most <= 4 * SHORT else WALKED
+def tile_of(seq: Sequences) -> dict[str, int]:
+    """Tokens of a tile, and tiles at once. A walk is token by token in either, with the same bits."""
+    return SHORT if seq.most <= 4 * SHORT["C"] else WALKED
 
 
 class Walks(NamedTuple):
@@ -96,11 +98,11 @@ def entered(
     if seq.count:
         totals[(bounds.numel() - 1, blocks)](
             *operands, *decays, *sums, bounds,
-            **walks.numbers, D=size, C=WALKED, BD=CHANNELS, AFTER=int(walks.after), num_warps=1,
+            **walks.numbers, D=size, BD=CHANNELS, **WALKED, AFTER=int(walks.after), num_warps=1,
         )
         for decay, total, start, state, last in zip(decays, sums, starts, states, lasts):
             step[(seq.count, blocks)](
-                decay, total, start, state, last, cut, D=size, C=WALKED, BD=CHANNELS, AFTER=0, num_warps=1,
+                decay, total, start, state, last, cut, D=size, BD=CHANNELS, **WALKED, AFTER=0, num_warps=1,
             )
     return bounds, states, lasts
 
@@ -115,7 +117,7 @@ def walked(
     if seq.count:
         walks.walk[(bounds.numel() - 1, cdiv(size, CHANNELS))](
             *leaves, *states, *outs, *ends, bounds,
-            **walks.numbers, D=size, C=tile_of(seq), BD=CHANNELS, AFTER=int(walks.after), num_warps=1,
+            **walks.numbers, D=size, BD=CHANNELS, **tile_of(seq), AFTER=int(walks.after), num_warps=1,
         )
     return states, ends if lasts is None else lasts
 
@@ -148,7 +150,7 @@ class Vector(torch.autograd.Function):
         if seq.count:
             walks.backward[(bounds.numel() - 1, cdiv(size, CHANNELS))](
                 *leaves, *d_outs, *outs, *states, *ends, *d_leaves, *d_states, bounds,
-                **walks.numbers, D=size, C=tile_of(seq), BD=CHANNELS, AFTER=int(walks.after), num_warps=1,
+                **walks.numbers, D=size, BD=CHANNELS, **tile_of(seq), AFTER=int(walks.after), num_warps=1,
             )
         return (None, None, None, None, *d_leaves, *(d_states if d_starts is None else d_starts))
 

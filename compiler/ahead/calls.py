@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chunkc.backends.triton.tables import CUT
+
 FIRST, STEP = 40, 32  # the length of a unit's first sequence, and by how much others are longer
-LONG = 4096  # of few sequences; what is launched for them may be another kernel
+LONG = 2 * CUT  # tokens, of few sequences; what is launched for them may be another kernel
 BATCHES = (2, 1)
 SEQUENCES = 3  # in a packed batch
 
