@@ -16,7 +16,7 @@ from chunkc.backends.writer import Lines, Writer, identifier, is_name
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import DType
 from chunkc.ir.graph import Graph, Unit
-from chunkc.ir.updates import update_of
+from chunkc.ir.updates import scale_of, scaled_reads, update_of
 
 
 class Body(Loops):
@@ -29,9 +29,8 @@ class Body(Loops):
             self.taken.add("plan")
         self.operations = {op.node.id: op for op in operations(unit)}
         self.halos: dict[str, str] = {}
-        self.scans = {
-            n.id: scan_form(n, {x.id: x.axes for x in self.graph.nodes}, prefix) for n in matrix_scans(self.graph)
-        }
+        self.scans = {n.id: scan_form(unit, n, prefix) for n in matrix_scans(self.graph)}
+        self.scaled = {n.id: scaled_reads(unit, n) for n in matrix_scans(self.graph)}
         self.users = {id(self.graph): self.graph.users()}
         self.attribute: Callable[[str], str] = param_name
         self.states = [f for f in fields(self.graph) if f.kind == "state"]
@@ -46,6 +45,7 @@ class Body(Loops):
         self.vectors = {scan.id: form for form in forms for scan in form.scans}
         self.inside = {id_ for update in self.updates.values() for id_ in update}
         self.inside |= {id_ for form in forms for id_ in inside(self.graph, form)}
+        self.inside |= {product.id for products in self.scaled.values() for product in products.values()}
         self.emitted: set[str] = set()
 
     def text(self, graph: Graph, id_: str) -> tuple[str, int]:
@@ -401,7 +401,9 @@ class Body(Loops):
         results = [self.fresh(f"read_{q.name}") for q in form.queries]
         last = self.fresh(f"{form.name}_last")
         self.w(f"{', '.join([*results, last])} = scans.{form.name}_scan(")
-        for line in [seq, *call, start]:
+        scaled = self.scaled[node.id]
+        numbers = [self.text(self.graph, scale_of(self.graph, scaled[m]).id)[0] for m in sorted(scaled)]
+        for line in [seq, *call, start, *numbers]:
             self.w(f"    {line},")
         self.w(")")
         for index, (q, name) in enumerate(zip(form.queries, results)):
@@ -410,7 +412,7 @@ class Body(Loops):
                 if not single:
                     full = ", ".join([f"{seq}.rows", f"{seq}.tokens", *node.batch, *kept])
                     self.w(f"{name} = {name}.reshape({full})")
-                self.names[outs[index].id] = name
+                self.names[scaled[index].id if index in scaled else outs[index].id] = name
         axes = (*node.batch, *node.i, *node.j)
         final = last if single else f"{last}.reshape({', '.join([f'{seq}.count', *axes])})"
         optional = node.name in self.optional and not (single and node.declared == axes)

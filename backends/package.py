@@ -22,7 +22,7 @@ from chunkc.backends.writer import MODULE_NAMES, Lines, Writer, identifier, publ
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import Number, Size
 from chunkc.ir.diagnostics import SourceFile
-from chunkc.ir.graph import Graph, Unit
+from chunkc.ir.graph import Unit
 from chunkc.ir.rewrite import Rebinding
 
 Tiles = Mapping[str, Mapping[str, list[Tile]]]  # the functions of each unit's attentions
@@ -130,14 +130,14 @@ def _torch(units: tuple[Unit, ...], lines: Lines, tiles: Tiles) -> str:
     if used:
         w(f"from ._runtime import {', '.join(sorted(set(used)))}")
     w()
-    names = [f"{scan_form(s, _axes(u.graph), prefix_of(u, units)).name}_scan" for u, s in forms]
+    names = [f"{scan_form(u, s, prefix_of(u, units)).name}_scan" for u, s in forms]
     names += [f"{form.name}_scan" for _, form in vectors]
     listed = sorted(["max_plus_scan", "vector_scan", *names])
     w(f"__all__ = [{', '.join(repr(n) for n in listed)}]".replace("'", '"'))
     for unit, scan in forms:
         w()
         w()
-        emit_scan(scan_form(scan, _axes(unit.graph), prefix_of(unit, units)), lines, w)
+        emit_scan(scan_form(unit, scan, prefix_of(unit, units)), lines, w)
     w.lines += vector.lines
     for tile in functions:
         w()
@@ -149,10 +149,6 @@ def _torch(units: tuple[Unit, ...], lines: Lines, tiles: Tiles) -> str:
             w()
             w(f"attend_{prefix_of(unit, units)}{identifier(id_)} = attend")
     return w.text()
-
-
-def _axes(graph: Graph) -> dict[str, tuple[str, ...]]:
-    return {n.id: n.axes for n in graph.nodes}
 
 
 MODULES = ("math", "torch", "nn", "F")

@@ -10,7 +10,7 @@ from typing import Literal
 from chunkc.backends.writer import identifier, is_name
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Unit
-from chunkc.ir.updates import absorbed, update_of
+from chunkc.ir.updates import absorbed, scaled_reads, update_of
 
 Side = Literal["i", "j"]
 Anchor = Literal["start", "blocks", "levels"]  # where kernels take a pair's decay apart: see `backends/triton/side.py`
@@ -63,13 +63,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class ScanForm:
-    """A scan as the back ends emit it. `gates` has at most one operand a side."""
+    """A scan as the back ends emit it. `gates` has at most one operand a side; `scales` has for each query the name of
+    the number that its result is multiplied by, if there is one."""
 
     scan: N.Scan
     gates: tuple[Operand, ...]
     writes: tuple[tuple[Operand, Operand], ...]
     queries: tuple[Operand, ...]
     name: str
+    scales: tuple[str, ...]
     fixed: bool = False  # whether later tokens may change nothing of earlier results, not even their last bits
 
     def operands(self) -> Iterator[Operand]:
@@ -114,6 +116,10 @@ class ScanForm:
         """The queries' results by name."""
         return [f"out_{q.name}" for q in self.queries]
 
+    def numbers(self) -> list[str]:
+        """The names of the numbers that a call takes."""
+        return [s for s in self.scales if s]
+
     def query_pairs(self, prefix: str = "d_out_") -> list[Pair]:
         """Each query with the gradient of its result, which lies on the other side."""
         return [
@@ -127,15 +133,17 @@ class ScanForm:
 
 def _derived(name: str) -> set[str]:
     """An operand's name and those made of it: its gradient, what a query reads and that one's gradient, a raw gate, a
-    gate of a tile that a walk comes to next."""
-    return {name, f"d_{name}", f"out_{name}", f"d_out_{name}", f"{name}_value", f"{name}_ahead"}
+    gate of a tile that a walk comes to next, what a query's result is multiplied by."""
+    return {name, f"d_{name}", f"out_{name}", f"d_out_{name}", f"{name}_value", f"{name}_ahead",
+            f"scale_{name}"}  # fmt: skip
 
 
-def scan_form(scan: N.Scan, axes_of: dict[str, tuple[str, ...]], prefix: str = "", fixed: bool = False) -> ScanForm:
+def scan_form(unit: Unit, scan: N.Scan, prefix: str = "") -> ScanForm:
     """Name a scan's operands: spec names where there are, else their role.
 
     `prefix` tells the scans of several units in one module apart."""
-    taken = set(EMITTED)
+    taken, scaled = set(EMITTED), scaled_reads(unit, scan)
+    axes_of = {n.id: n.axes for n in unit.graph.nodes}
 
     def name(id_: str, role: str) -> str:
         base = identifier(id_) if is_name(id_) and not id_.startswith(("scan", "expand", "map")) else role
@@ -156,7 +164,9 @@ def scan_form(scan: N.Scan, axes_of: dict[str, tuple[str, ...]], prefix: str = "
         gates.append(Operand(g.arg, name(g.arg, "gate" if g.log else "decay_gate"), side, thin, not g.log))
     writes = tuple((Operand(w.i, name(w.i, "key"), "i"), Operand(w.j, name(w.j, "value"), "j")) for w in scan.writes)
     queries = tuple(Operand(q.arg, name(q.arg, "query"), q.side) for q in scan.queries)
-    return ScanForm(scan, tuple(gates), writes, queries, identifier(prefix + scan.name), fixed)
+    scales = tuple(f"scale_{q.name}" if m in scaled else "" for m, q in enumerate(queries))
+    own = identifier(prefix + scan.name)
+    return ScanForm(scan, tuple(gates), writes, queries, own, scales, unit.schedule.prefix_invariant)
 
 
 def as_stored(unit: Unit) -> frozenset[str]:

@@ -43,7 +43,7 @@ def token_form(unit: Unit, prefix: str) -> TokenForm | None:
     (scan,) = scans
     if not (scan.i or scan.j) or scan.within is not None or scan.declared != (*scan.batch, *scan.i, *scan.j):
         return None
-    form = scan_form(scan, {n.id: n.axes for n in graph.nodes}, prefix)
+    form = scan_form(unit, scan, prefix)
     laid = {scan.batch: "", (*scan.batch, *scan.i): "i", (*scan.batch, *scan.j): "j", scan.declared: "ij"}
     sides: dict[str, str] = {}
     numbers: dict[str, str] = {}

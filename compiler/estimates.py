@@ -99,8 +99,7 @@ def invariance(source: SourceFile, unit: Unit, node: N.Scan | N.Recur) -> dict[s
 
 def _chosen_by_tile(unit: Unit, node: N.Scan) -> bool:
     """Whether kernels treat a tile by what all of its tokens decay by."""
-    axes = {n.id: n.axes for n in unit.graph.nodes}
-    anchor, proven = scan_form(node, axes, fixed=unit.schedule.prefix_invariant).mild()
+    anchor, proven = scan_form(unit, node).mild()
     return anchor is not None and not proven
 
 

@@ -204,7 +204,7 @@ def _licence(unit: Unit, scan: N.Scan, gates: list[N.AnyNode], ranges: Ranges) -
 
 def _anchoring(unit: Unit, scan: N.Scan, logs: bool) -> dict[str, str]:
     """How pairs of tokens are anchored, and what a gate's gradient is summed from, by the kernels too."""
-    form = scan_form(scan, {n.id: n.axes for n in unit.graph.nodes}, fixed=unit.schedule.prefix_invariant)
+    form = scan_form(unit, scan)
     anchor, proven = form.mild()
     halves = "halves: every exponent is at most 0, for any gate"
     sums = "sums over straddling pairs" if logs else "direct gate gradient"

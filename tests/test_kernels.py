@@ -21,7 +21,7 @@ from torch import Tensor
 
 from chunkc.backends.scan import ScanForm
 from chunkc.backends.token import free_side
-from chunkc.backends.triton.emit import launches
+from chunkc.backends.triton.emit import kernels_of, launches
 from chunkc.backends.triton.kernel import If, Kernel, Let, Loop, Statement, Store
 from chunkc.backends.triton.packing import fill_kernel
 from chunkc.backends.triton.schedule import join_kernel
@@ -29,7 +29,7 @@ from chunkc.backends.triton.text import parse_expr, parse_kernels
 from chunkc.backends.triton.vector import own_kernels
 from chunkc.backends.triton.verify import KernelError, verify_kernel
 from chunkc.backends.vector import vector_forms
-from chunkc.backends.writer import Writer
+from chunkc.backends.writer import Lines, Writer
 from chunkc.driver import compile_source
 from chunkc.interp_kernels import Launch
 from chunkc.ir import nodes as N
@@ -163,6 +163,7 @@ def test_text_of_no_kernel(line: str) -> None:
 # -- meaning -----------------------------------------------------------------------------------------------------------
 
 LENGTHS = (21, 0, 1, 8)
+SCALE = 0.375  # of results that are multiplied by a number
 C = 8
 
 
@@ -238,6 +239,7 @@ class Launches:
         memory |= {f"{passed.get(n, n)}_ptr": x if x is None else x.view(-1) for n, x in self.memory.items()}
         memory |= {"segment": self.segment if segments > 1 else sum(self.batch.lengths), "segments": segments}
         memory |= {**self.table, "tokens": -1, "each": -1, "levels": C.bit_length() - 1, "upper_levels": 2}
+        memory |= dict.fromkeys(self.scan.form.numbers(), SCALE)
         memory |= {f"parts_{s}": -(-self.sizes[s.upper()] // block) for s in "ij"}
         if self.whole and launch.role != "states":
             memory |= {"totals_i_ptr": None, "totals_j_ptr": None}
@@ -344,6 +346,24 @@ def test_kernels_mean_the_scan(name: str, block: int, whole: bool, segment: int)
         compare(scan, given, *drawn(scan, given, sum(LENGTHS)), block, whole, segment)
 
 
+def scales(form: ScanForm) -> dict[str, float]:
+    """What each result is multiplied by."""
+    return {"last": 1.0, **{out: SCALE if name else 1.0 for out, name in zip(form.results(), form.scales)}}
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_kernels_multiply_what_is_read(name: str) -> None:
+    """The same kernels where the first result, or each one, is multiplied by a number."""
+    for index, scan in enumerate(scans(name)):
+        given = [s for s in derived_scans(name) if s.node.i or s.node.j][index]
+        names = [f"scale_{q.name}" for q in scan.form.queries]
+        for scaled in {(names[0], *[""] * (len(names) - 1)), tuple(names)}:
+            form = replace(scan.form, scales=scaled)
+            other = replace(scan, form=form, kernels=kernels_of(form, Lines(SourceFile("", "")), scan.spans))
+            compare(other, given, *drawn(other, given, sum(LENGTHS)), 16, whole=False)
+            compare(other, given, *drawn(other, given, sum(LENGTHS)), 4, whole=True)
+
+
 def compare(scan: Any, given: Derived, values: dict[str, Tensor], sizes: dict[str, int], block: int, whole: bool,
             segment: int = 0) -> None:  # fmt: skip
     """A scan's kernels against the loop over tokens, forward and backward."""
@@ -396,18 +416,20 @@ def check(scan: Any, given: Derived, values: dict[str, Tensor], initial: Tensor,
           have: dict[str, Tensor], have_grads: dict[str, Tensor]) -> None:  # fmt: skip
     names = dict(zip((o.name for o in scan.form.operands()), given.slots))
     results = dict(zip((*scan.form.results(), "last"), result_names(given.node, given.names)))
+    scale = scales(scan.form)
     pieces, start = [], 0
     for k, length in enumerate(LENGTHS):
         own = slice(start, start + length)
         shape = {o: given.shape(s.axes[1:], length) for o, s in names.items()}
         part = {s.name: values[o][own].reshape(length, *shape[o]).requires_grad_() for o, s in names.items()}
         part["initial"] = initial[k].reshape(given.shape(state_axes(given.node), length)).clone().requires_grad_()
-        pieces.append((part, {f"d_{r}": grads[f"d_{n}"][k if n == "last" else own] for n, r in results.items()}))
+        flows = {f"d_{r}": grads[f"d_{n}"][k if n == "last" else own] * scale[n] for n, r in results.items()}
+        pieces.append((part, flows))
         start += length
     found = list(wanted(given, given.node, pieces))
     for n, r in results.items():
         rows = [x[r].detach().reshape(-1, *have[n].shape[1:]) for x, _ in found]
-        assert close(have[n], torch.cat(rows)), n
+        assert close(have[n], torch.cat(rows) * scale[n]), n
     for o, s in names.items():
         rows = [g[s.name].reshape(-1, *have_grads[f"d_{o}"].shape[1:]) for _, g in found]
         assert close(have_grads[f"d_{o}"], torch.cat(rows)), o
@@ -440,7 +462,7 @@ def test_one_token_means_the_step(name: str) -> None:
             token["state"] = state[k].reshape(given.shape(state_axes(given.node), 1))
             found = outputs(step, token, 1)
             for n, r in names.items():
-                assert close(run.memory[n][k], found[r].reshape(run.memory[n][k].shape)), n
+                assert close(run.memory[n][k], found[r].reshape(run.memory[n][k].shape) * scales(form)[n]), n
 
 
 class Walk:

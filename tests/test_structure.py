@@ -56,7 +56,7 @@ def scans(name: str) -> tuple[Scan, ...]:
         for node in unit.graph.of_kind(N.Scan):
             assert isinstance(node, N.Scan)
             if node.i or node.j:
-                form = scan_form(node, {n.id: n.axes for n in unit.graph.nodes})
+                form = scan_form(unit, node)
                 found.append(Scan(form, kernels_of(form, lines, spans), spans))
     return tuple(found)
 
@@ -183,7 +183,7 @@ def test_kernels_read_and_write_what_the_graph_says(name: str, index: int, role:
     names = known | given | {f"d_{k}": f"d_{n}" for k, n in known.items()}
     names |= {f"d_{k}_edges": f"d_{n}" for k, n in known.items()}
     wanted = {names.get(r, r) for r in launch.reads} | {names.get(n, n) for n, _ in launch.body.outputs}
-    pointers = {a.removesuffix("_ptr") for a in kernel.arguments} - PLACES
+    pointers = {a.removesuffix("_ptr") for a in kernel.arguments} - {*PLACES, *scan.form.numbers()}
     assert {PASSED.get(role, {}).get(p, p) for p in pointers} == wanted
     stored = {e.op.removesuffix("_ptr") for s in kernel.statements() if isinstance(s, Store) for e in s.pointer.walk()}
     stored = {PASSED.get(role, {}).get(p, p) for p in stored}

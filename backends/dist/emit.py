@@ -64,7 +64,7 @@ def _operation(unit: Unit, prefix: str, op: Operation, lines: Lines, w: Writer) 
     what = f'"{name} ({lines.place(op.node.span)})"'
     sent = " and ".join(f"[{', '.join(s.axes)}]" for s in op.sent) or "nothing"
     if isinstance(op.node, N.Scan):
-        _scan(op.node, name, scan_form(op.node, {n.id: n.axes for n in unit.graph.nodes}), what, sent, lines, w)
+        _scan(op.node, name, scan_form(unit, op.node), what, sent, lines, w)
     elif op.kind == "halo":
         with w.indented(f"def {name}(self, seq: Segments, x: Tensor, count: int, history: Tensor | None) -> "
                         "Tensor | None:"):  # fmt: skip

@@ -45,16 +45,23 @@ def emit_scan(form: ScanForm, lines: Lines, w: Writer) -> None:
     w()
     w()
     w("@uncast")
-    taken = f"seq: Sequences, {_typed(names)}, initial: Tensor | None"
+    numbers = "".join(f", {n}: float" for n in form.numbers())
+    taken = f"seq: Sequences, {_typed(names)}, initial: Tensor | None{numbers}"
     with w.indented(f"def {form.name}_scan({taken}) -> tuple[Tensor, ...]:"):
         w(f'"""{_signature(form)}"""')
         i, j = (o.name for o in form.writes[0])
         with w.indented("if initial is None:"):
             w(f"initial = {i}.new_zeros((seq.count, *{i}.shape[2:], {j}.shape[3]))")
         with w.indented("if seq.one_token:"):
-            w(f"return {form.name}_step({', '.join(names)}, initial)")
-        w(f"result: tuple[Tensor, ...] = {form.name}_Scan.apply(seq, {', '.join(names)}, initial)")
-        w("return result")
+            w(f"result: tuple[Tensor, ...] = {form.name}_step({', '.join(names)}, initial)")
+        with w.indented("else:"):
+            w(f"result = {form.name}_Scan.apply(seq, {', '.join(names)}, initial)")
+        if not form.numbers():
+            w("return result")
+            return
+        w(f"{', '.join([*form.results(), 'last'])} = result")
+        reads = [f"{out} * {scale}" if scale else out for out, scale in zip(form.results(), form.scales)]
+        w(f"return {', '.join([*reads, 'last'])}")
 
 
 def _named(graph: Graph, names: list[str]) -> dict[str, str]:
@@ -71,7 +78,8 @@ def _typed(names: list[str]) -> str:
 def _signature(form: ScanForm) -> str:
     i, j = ",".join(form.scan.i), ",".join(form.scan.j)
     return (f"Operands [B, T, H, D], D the size of ({i}) or ({j}); initial [N, H, ({i}), ({j})], else zero. "
-            f"Gives each read {form.when} the update, and the last state.")  # fmt: skip
+            f"Gives each read {form.when} the update{', times its scale' * bool(form.numbers())}, and the last "
+            f"state.")  # fmt: skip
 
 
 def _step(form: ScanForm, lines: Lines, w: Writer) -> None:

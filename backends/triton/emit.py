@@ -100,16 +100,12 @@ def prefix_of(unit: Unit, units: tuple[Unit, ...]) -> str:
     return f"{unit.name}_" if len(units) > 1 else ""
 
 
-def _form(unit: Unit, scan: N.Scan, prefix: str = "") -> ScanForm:
-    return scan_form(scan, {n.id: n.axes for n in unit.graph.nodes}, prefix, unit.schedule.prefix_invariant)
-
-
 def print_kernels(unit: Unit, source: SourceFile) -> str:
     """The text of the level `tiled`: the kernels of each matrix scan and of each attention of a unit."""
     lines, w = Lines(source), Writer()
     for scan in unit.graph.of_kind(N.Scan):
         if scan.i or scan.j:
-            form = _form(unit, scan)
+            form = scan_form(unit, scan)
             for kernel in kernels_of(form, lines, spans_of(unit, lines)).values():
                 kernel.print(w)
                 w()
@@ -167,7 +163,7 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     w()
     w()
     _settings(w)
-    forms = [(u, _form(u, s, prefix_of(u, units))) for u, s in scans if s.i or s.j]
+    forms = [(u, scan_form(u, s, prefix_of(u, units))) for u, s in scans if s.i or s.j]
     if scans:
         emit_tables(w, matrices=bool(forms))
     if elementwise:
@@ -379,7 +375,7 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
         kernel.print(w)
     names = [o.name for o in form.operands()]
     typed = ", ".join(f"{n}: Tensor" for n in names)
-    outs = form.results()
+    outs, numbers = form.results(), "".join(f", {n}: float" for n in form.numbers())
     w()
     w()
     with w.indented(f"class {form.name}_Scan(torch.autograd.Function):"):
@@ -387,7 +383,7 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
         w()
         w("@staticmethod")
         with w.indented(
-            f"def forward(ctx: Any, seq: Sequences, {typed}, initial: Tensor | None) -> tuple[Tensor, ...]:"
+            f"def forward(ctx: Any, seq: Sequences, {typed}, initial: Tensor | None{numbers}) -> tuple[Tensor, ...]:"
         ):
             w("operands = (" + "".join(f"{n}.contiguous(), " for n in names).rstrip() + ")")
             w(f"{''.join(n + ', ' for n in names).rstrip()} = operands")
@@ -407,6 +403,8 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
             for launch in forward[1:]:
                 _launch(form, kernels, launch, w)
             w("ctx.seq = seq")
+            if form.numbers():
+                w(f"ctx.numbers = ({''.join(n + ', ' for n in form.numbers()).rstrip()})")
             w(f"ctx.save_for_backward({', '.join(['*operands', 'states', *totals])})")
             w(f"return ({', '.join(outs)},) if last is None else ({', '.join([*outs, 'last'])})")
         w()
@@ -425,14 +423,18 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
 
 def _entry(form: ScanForm, names: list[str], typed: str, w: Writer) -> None:
     """The function that layers call: one token is a kernel of its own, which takes operands as they are stored."""
-    given = f"seq, {', '.join(names)}, initial"
+    numbers = "".join(f", {n}: float" for n in form.numbers())
+    given = f"seq, {', '.join([*names, 'initial', *form.numbers()])}"
     w()
     w()
     w("@as_given")
-    with w.indented(f"def {form.name}_scan(seq: Sequences, {typed}, initial: Tensor | None) -> tuple[Any, ...]:"):
+    with w.indented(
+        f"def {form.name}_scan(seq: Sequences, {typed}, initial: Tensor | None{numbers}) -> tuple[Any, ...]:"
+    ):
         w(f'"""Operands [B, T, H, D], the state [N, H, I, J] before the first token; gives each read {form.when} '
-          'the update, and the last state. Without a state it starts at zero, and gives none."""')  # fmt: skip
-        with w.indented(f"if seq.one_token and initial is not None and not tracked({given.removeprefix('seq, ')}):"):
+          f'the update{", times its scale" * bool(numbers)}, and the last state. Without a state it starts at zero and '
+          'and gives none."""')  # fmt: skip
+        with w.indented(f"if seq.one_token and initial is not None and not tracked({', '.join([*names, 'initial'])}):"):
             w(f"return {form.name}_step({given})")
         w(f"places(seq)  # kept from here on: torch.compile keeps nothing that is made inside `{form.name}_Scan`")
         w(f"result: tuple[Any, ...] = {form.name}_Scan.apply({given})")
@@ -513,6 +515,8 @@ def _call(kernel: Kernel, launch: T.Kernel, w: Writer, rename: dict[str, str]) -
 def _backward(form: ScanForm, kernels: dict[str, Kernel], backward: list[T.Kernel], w: Writer) -> None:
     names, grads = [o.name for o in form.operands()], [f"d_{o}" for o in form.results()]
     w("seq = ctx.seq")
+    if form.numbers():
+        w(f"{''.join(n + ', ' for n in form.numbers()).rstrip()} = ctx.numbers")
     w(f"{', '.join([*names, 'states', *_totals(form)])} = ctx.saved_tensors")
     w(f"{''.join(g + ', ' for g in grads).rstrip()} = {''.join(g + '.contiguous(), ' for g in grads).rstrip()}")
     for g in form.gates:
@@ -535,7 +539,7 @@ def _backward(form: ScanForm, kernels: dict[str, Kernel], backward: list[T.Kerne
             w(f"d_{g.name} = d_{g.name} / {g.name}_value.float().clamp(min=2.0**-40)")
         if g.thin or g.raw:
             w(f"d_{g.name} = d_{g.name}.to({g.name}{'_value' if g.raw else ''}.dtype)")
-    w(f"return None, {', '.join(f'd_{n}' for n in names)}, d_initial")
+    w(f"return None, {', '.join([*(f'd_{n}' for n in names), 'd_initial', *('None' for _ in form.numbers())])}")
 
 
 def raised_by(form: ScanForm, launch: T.Kernel) -> set[str]:

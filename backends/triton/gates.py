@@ -42,7 +42,7 @@ class GateKernel(OneSide):
         names = [*(g.name for g in self.form.gates), *self.names(self.x), *self.names(self.o)]
         names += ["states", "ends"] if self.plan.edges else []
         arguments = [f"{n}_ptr" for n in dict.fromkeys([*names, self.total.op])]
-        places = ["tile_start_ptr", "tile_stop_ptr", "tokens", "each"]
+        places = [*self.form.numbers(), "tile_start_ptr", "tile_stop_ptr", "tokens", "each"]
         doc = f"The gradient of {self.own.name}, from {self.what()} of one tile."
         return Kernel(self.name, doc, (*arguments, *places), self.t.closed())
 
@@ -81,6 +81,9 @@ class GateKernel(OneSide):
             for n in self.names(self.o):
                 t.load(n, self.o)
             self.scores(gate)
+        for m, r in self.pairs:
+            if scale := self.form.scales[m]:
+                b.let(f"score_{m}{r}", Expr(f"score_{m}{r}") * scale)
         b.note("pairs inside the tile, by the block whose middle lies between them")
         with b.loop("level", "LEVELS", "levels") as level:
             gate = t.gate(self.own)  # loaded anew for each level, from cache: kept on chip they would spill
@@ -128,7 +131,7 @@ class GateKernel(OneSide):
         """From what the gate decays on its way from the tile's first state and to its last."""
         b, t = self.b, self.t
         for m in range(len(self.readers)):
-            self.edge_walk(f"read_{m}", self.readers[m], "states", edges=False)
+            self.edge_walk(f"read_{m}", self.readers[m], "states", edges=False, scale=self.form.scales[m])
         b.let("edges", call("tl.zeros", f"({block(self.x)},)", "tl.float32"))
         for r in range(len(self.writers)):
             self.edge_walk(f"written_{r}", self.writers[r], "ends", edges=r == 0)
@@ -137,7 +140,7 @@ class GateKernel(OneSide):
         edges = Expr("edges") * t.total(gate, self.own.thin)
         b.add(self.total, call("tl.sum", edges.cols, 1, keep_dims="True") if self.own.thin else edges.cols)
 
-    def edge_walk(self, name: str, pair: Pair, state: str, edges: bool) -> None:
+    def edge_walk(self, name: str, pair: Pair, state: str, edges: bool, scale: str = "") -> None:
         """What one operand makes of the state at an edge, folded into the gate's gradient.
 
         With `edges`, also the sum over the other side of the two edges' states, decayed over the tile."""
@@ -159,6 +162,7 @@ class GateKernel(OneSide):
         gate = t.gate(self.own)
         assert gate is not None
         flow = real(t.load(pair.on(x), x)) * value * self.decay(state, gate, self.own.thin)
+        flow = flow * scale if scale else flow
         if self.own.thin:
             mask = t.since if state == "states" else t.mask("later")
             b.add(self.total, self.thin_spread(mask, flow))

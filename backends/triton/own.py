@@ -28,6 +28,7 @@ class SideKernel(SideBase):
         arguments += [f"{n}_ptr" for n in [*self.own_names(), *self.far_names()]]
         arguments += (["states_ptr"] if self.reads else []) + (["ends_ptr"] if self.writes else [])
         arguments += [f"{r}_ptr" for r in self.outputs()]
+        arguments += [self.form.scales[m] for m in self.reading if self.form.scales[m]]
         arguments += ["tile_start_ptr", "tile_stop_ptr", "tokens", "each", f"parts_{self.o}"]
         if (self.own or self.far) and self.plan.anchor != "start":
             arguments.append(self.level_count())
@@ -56,9 +57,21 @@ class SideKernel(SideBase):
         """One loop over the other side, for all that is wanted of it."""
         with self.blocks() as part:
             self.across(part, self.far_names(), scores=True, reads=self.reads, writes=self.writes, edges=self.plan.gate)
+        for m in self.reading:
+            self.scale(m)
         if self.plan.gate and self.far is None:
             own = Expr(f"col_{self.x}")
             self.b.let("edges", call("tl.sum", where(own.rows.same(own.cols), Expr("edge_states"), 0.0), 0))
+
+    def scale(self, m: int) -> None:
+        """The number that a read's result is multiplied by: all that it gives, and its gradient gives, has it once."""
+        if not (scale := self.form.scales[m]):
+            return
+        made = [f"score_{m}{r}" for r in range(len(self.writers))]
+        if self.diagonals() and not self.on_diagonal():
+            made += [f"own_{m}{r}" for r in range(len(self.writers))]
+        for name in [*made, *([self.read_name(m)] if m in self.reads else [])]:
+            self.b.let(name, Expr(name) * scale)
 
     def doc(self) -> str:
         if self.plan.forward:

@@ -87,8 +87,9 @@ class _Walk:
         used = [f"{g.name}_ptr" for g in form.gates] + [f"{x}_ptr" for p in self.pairs for x in (p.i, p.j)]
         doc = (f"The gradient of {form.scan.name} at each tile's end, from the last tile to the first." if self.reverse
                else f"{form.scan.name} at each tile's start.")  # fmt: skip
-        tail = ("initial_ptr", "states_ptr", "last_ptr", "offsets_ptr", "first_tile_ptr", "tokens", "each", "segment",
-                "segments")  # fmt: skip
+        numbers = form.numbers() if self.reverse else []
+        tail = (*numbers, "initial_ptr", "states_ptr", "last_ptr", "offsets_ptr", "first_tile_ptr", "tokens", "each",
+                "segment",                "segments")  # fmt: skip
         kept = (*(f"totals_{g.side}_ptr" for g in self.wide), *(f"decay_{g.side}_ptr" for g in self.gates))
         name = f"{form.name}_ends" if self.reverse else f"{form.name}_states"
         return Kernel(name, doc, (*dict.fromkeys(used), *tail, *kept), self.t.closed())
@@ -143,9 +144,13 @@ class _Walk:
                 self.store_sums(g, f"totals_{g.side}_ptr", tile, Expr(f"total_{g.side}"))
         new = decay
         for n, p in enumerate(self.pairs):
-            key, value = scaled(t.load(p.i, "i"), factors["i"]), scaled(t.load(p.j, "j"), factors["j"])
-            key = b.let(f"left{n or ''}", key) if factors["i"] is not None else key
-            value = b.let(f"right{n or ''}", value) if factors["j"] is not None else value
+            found: dict[Side, Expr | None] = dict(factors)
+            if self.reverse and (scale := self.form.scales[n]):  # with a decay, where there is one
+                side: Side = "i" if factors["i"] is not None or factors["j"] is None else "j"
+                found[side] = Expr(scale) if (own := factors[side]) is None else own * scale
+            key, value = scaled(t.load(p.i, "i"), found["i"]), scaled(t.load(p.j, "j"), found["j"])
+            key = b.let(f"left{n or ''}", key) if found["i"] is not None else key
+            value = b.let(f"right{n or ''}", value) if found["j"] is not None else value
             new = new + dot(trans(key), value)
         b.let("state", new, self.lines.place(self.form.scan.span))
 

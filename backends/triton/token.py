@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from chunkc.backends.scan import EMITTED, ScanForm, Side
 from chunkc.backends.token import TokenForm, free_side
 from chunkc.backends.triton.kernel import Builder, Expr, Kernel, call, where
@@ -74,9 +76,10 @@ class _Token:
                 found[node.id] = self.sum(found[node.arg], over)
         return [found[id_] for _, id_ in step.outputs]
 
-    def kernel(self, name: str, doc: str, arguments: list[str], sizes: tuple[str, ...] = ()) -> Kernel:
-        pointers = tuple(f"{a}_ptr" for a in [*arguments, "state", "next"])
-        return Kernel(name, doc, pointers, tuple(self.b.body), sizes=sizes)
+    def kernel(self, name: str, doc: str, arguments: list[str], sizes: tuple[str, ...] = (),
+               numbers: Iterable[str] = ()) -> Kernel:  # fmt: skip
+        pointers = [f"{a}_ptr" for a in [*arguments, "state", "next"]]
+        return Kernel(name, doc, (*pointers, *numbers), tuple(self.b.body), sizes=sizes)
 
 
 def step_kernel(form: ScanForm, lines: Lines) -> Kernel:
@@ -84,11 +87,11 @@ def step_kernel(form: ScanForm, lines: Lines) -> Kernel:
     t = _Token(form, free_side(form, []), lines)
     operands = [t.load(o.name, "" if o.thin else o.side) for o in form.operands()]
     *reads, new = t.step(operands)
-    for out, read in zip(form.results(), reads):
-        t.store(out, read, read[1])
+    for out, (read, side), scale in zip(form.results(), reads, form.scales):
+        t.store(out, (read * scale if scale else read, side), side)
     t.store("next", new, "ij")
     names = [*(o.name for o in form.operands()), *form.results()]
-    return t.kernel(f"{form.name}_token", f"One token of {form.scan.name}.", names)
+    return t.kernel(f"{form.name}_token", f"One token of {form.scan.name}.", names, numbers=form.numbers())
 
 
 def call_kernel(token: TokenForm, lines: Lines) -> Kernel:
@@ -136,7 +139,8 @@ def emit_step(form: ScanForm, kernel: Kernel, lines: Lines, w: Writer) -> None:
     """One token of a scan as a function of a state that stays, or of one that is written over."""
     names, own = [o.name for o in form.operands()], free_side(form, [])
     typed = ", ".join(f"{n}: Tensor" for n in names)
-    with w.indented(f"def {form.name}_step(seq: Sequences, {typed}, state: Tensor) -> tuple[Tensor, ...]:"):
+    numbers = "".join(f", {n}: float" for n in form.numbers())
+    with w.indented(f"def {form.name}_step(seq: Sequences, {typed}, state: Tensor{numbers}) -> tuple[Tensor, ...]:"):
         w('"""One token of each sequence in one launch: the reads, and the state after it."""')
         w(f"{', '.join(names)}, state = {', '.join(f'{n}.contiguous()' for n in names)}, state.contiguous()")
         i, j = form.writes[0]

@@ -17,7 +17,8 @@ ELEMENTWISE = (
     "tl.where", "tl.maximum", "tl.minimum", "tl.exp", "tl.log", "tl.sqrt", "tl.abs", "tl.floor", "tl.sigmoid", "tl.sin",
     "tl.cos", "tl.erf", "neg", "exp",
 )  # fmt: skip
-LENGTHS = (
+# Arguments that are numbers: places of a sequence, its tiles; what a result is multiplied by.
+NUMBERS = (
     "queries",
     "rows",
     "sequences",
@@ -28,7 +29,8 @@ LENGTHS = (
     "parts",
     "levels",
     "upper_levels",
-)  # arguments that are numbers: places of a sequence, its tiles
+    "scale_",
+)
 PLACES = (
     "tile_start",
     "tile_stop",
@@ -61,7 +63,7 @@ def verify_kernel(kernel: Kernel) -> None:
         KernelError: a rule does not hold.
     """
     for name in kernel.arguments:
-        if not name.endswith("_ptr") and not name.startswith(LENGTHS):
+        if not name.endswith("_ptr") and not name.startswith(NUMBERS):
             raise KernelError(f"{kernel.name}: argument '{name}' is no pointer")
     names = (*kernel.arguments, *kernel.sizes, *CONSTANTS)
     known = {name: Known(pointer=name.endswith("_ptr")) for name in names}
