@@ -46,7 +46,7 @@ def compile_kernel(kernel: Any, target: str, warps: int, size: int = 128, stages
         if name in known:
             signature[name], constants[name] = "constexpr", known[name]
         elif not name.endswith("_ptr"):
-            signature[name] = "i32"
+            signature[name] = "fp32" if name.startswith("scale_") else "i32"
         else:
             integer = name.startswith(("tile_", "first_tile", "bounds"))
             real = name.startswith(("initial", "last", "state_ptr", "next", "totals", "from_zero", "entered", "a_ptr",

@@ -91,7 +91,7 @@ def test_the_schedule_that_is_used(name: str, used: str, launches: tuple[list[st
     assert (r["schedule"]["used"], r["schedule"]["forward"], r["schedule"]["backward"]) == (used, *launches)
     assert f"    schedule    {used}: " in render_facts(found)
     kept = r["prefix_invariant"]
-    assert kept["holds"] and not kept["demanded"] and kept["changes_at"] == ([1, 2048] if used == "passes" else [])
+    assert kept["holds"] and not kept["demanded"] and kept["changes_at"] == ([1, 4096] if used == "passes" else [])
     assert kept["in_kernels"] == (used in ("passes", "walk")) and kept["by_tile"] == (name == "gated")
     assert "prefix-invariant: yes, in " in render_facts(found)
 
@@ -173,11 +173,11 @@ def at(shape: dict[str, int], machine: str = "h100", dtype: str = "bf16", **sett
 
 def test_estimates() -> None:
     """The model's sizes are the spec's; one marks what is used and what would be cheapest."""
-    shape = {"B": 8, "T": 4096, "H": 4, "K": 128, "V": 256}
+    shape = {"B": 4, "T": 8192, "H": 4, "K": 128, "V": 256}
     (r,) = facts(compiled("gated"), at=at(shape, "h200"))[0]["recurrences"]
     found = r["estimates"]
-    assert found["sizes"] == {"B": 8, "t": 4096, "h": 4, "i": 128, "j": 256} and found["score_levels"] == 6
-    wanted = Scan(8, 4096, 4, 128, 256, gate_i="each")
+    assert found["sizes"] == {"B": 4, "t": 8192, "h": 4, "i": 128, "j": 256} and found["score_levels"] == 6
+    wanted = Scan(4, 8192, 4, 128, 256, gate_i="each")
     for way, backward in zip(found["passes"], (False, True)):
         assert (way["used"], way["least_bytes"]) == ("passes", least_bytes(wanted, backward))
         assert way["emitted"] == r["schedule"]["backward" if backward else "forward"]
@@ -197,8 +197,8 @@ def test_estimates() -> None:
     ("scalar_gate", ("head", "none")), ("no_gate", ("none", "none")), ("raw_key", ("each", "none")),
 ])  # fmt: skip
 def test_gates_that_the_model_sees(name: str, gates: tuple[GateKind, GateKind]) -> None:
-    (r,) = facts(compiled(name), at=at({"B": 2, "T": 4096, "H": 2, "K": 32, "V": 64}))[0]["recurrences"]
-    wanted = estimates(Scan(2, 4096, 2, 32, 64, gate_i=gates[0], gate_j=gates[1]), MACHINES["h100"])
+    (r,) = facts(compiled(name), at=at({"B": 2, "T": 8192, "H": 2, "K": 32, "V": 64}))[0]["recurrences"]
+    wanted = estimates(Scan(2, 8192, 2, 32, 64, gate_i=gates[0], gate_j=gates[1]), MACHINES["h100"])
     assert r["estimates"]["passes"][0]["used"] == "split"
     assert [e["bytes"] for e in r["estimates"]["passes"][0]["schedules"]] == [e.total("bytes") for e in wanted]
     assert [e["exps"] for e in r["estimates"]["passes"][0]["schedules"]] == [e.total("exps") for e in wanted]

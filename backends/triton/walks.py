@@ -11,8 +11,11 @@ from chunkc.backends.writer import Lines, Writer
 HELPERS = '''
 CHANNELS = 64  # of a program that walks along a sequence: a warp
 # Tokens of a tile, and how many tiles there is room for, since the next ones come from memory while one is walked over.
-# Short sequences are hardly more than one: there the room would only keep programs off a multiprocessor.
-WALKED, SHORT = {"C": 32, "STAGES": 4}, {"C": 16, "STAGES": 1}
+# Short sequences are hardly more than one: there the room would only keep programs off a multiprocessor. A product and
+# a sum are one operation where that is written, and nowhere else: where it is the compiler's choice, a token's bits
+# depend on whether its tile is whole.
+ALONE = {"num_warps": 1, "enable_fp_fusion": False}
+WALKED, SHORT = {"C": 32, "STAGES": 4, **ALONE}, {"C": 16, "STAGES": 1, **ALONE}
 SEGMENT = 1024  # tokens of a segment
 FEW = 96  # programs that leave a GPU idle: then each walks along a segment
 
@@ -20,7 +23,7 @@ FEW = 96  # programs that leave a GPU idle: then each walks along a segment
 @triton.jit
 def join(a, b, later_a, later_b):
     """Two steps h = a * h + b in one."""
-    return a * later_a, later_a * b + later_b
+    return a * later_a, tl.fma(later_a, b, later_b)
 
 
 @triton.jit
@@ -32,7 +35,7 @@ def join_max(a, b, later_a, later_b):
 @triton.jit
 def walk(a, b, state, row):
     """h = a * h + b after each row."""
-    b = tl.where((row == 0)[:, None], a * state[None, :] + b, b)
+    b = tl.where((row == 0)[:, None], tl.fma(a, state[None, :], b), b)
     _, after = tl.associative_scan((a, b), 0, join)
     return after
 
@@ -58,7 +61,7 @@ def product(x):
 
 LAUNCHES = '''
 def tile_of(seq: Sequences) -> dict[str, int]:
-    """Tokens of a tile, and tiles at once. A walk is token by token in either, with the same bits."""
+    """Tokens of a tile, and tiles that there is room for. A walk is token by token in either, with the same bits."""
     return SHORT if seq.most <= 4 * SHORT["C"] else WALKED
 
 
@@ -98,11 +101,11 @@ def entered(
     if seq.count:
         totals[(bounds.numel() - 1, blocks)](
             *operands, *decays, *sums, bounds,
-            **walks.numbers, D=size, BD=CHANNELS, **WALKED, AFTER=int(walks.after), num_warps=1,
+            **walks.numbers, D=size, BD=CHANNELS, **WALKED, AFTER=int(walks.after),
         )
         for decay, total, start, state, last in zip(decays, sums, starts, states, lasts):
             step[(seq.count, blocks)](
-                decay, total, start, state, last, cut, D=size, BD=CHANNELS, **WALKED, AFTER=0, num_warps=1,
+                decay, total, start, state, last, cut, D=size, BD=CHANNELS, **WALKED, AFTER=0,
             )
     return bounds, states, lasts
 
@@ -117,7 +120,7 @@ def walked(
     if seq.count:
         walks.walk[(bounds.numel() - 1, cdiv(size, CHANNELS))](
             *leaves, *states, *outs, *ends, bounds,
-            **walks.numbers, D=size, BD=CHANNELS, **tile_of(seq), AFTER=int(walks.after), num_warps=1,
+            **walks.numbers, D=size, BD=CHANNELS, **tile_of(seq), AFTER=int(walks.after),
         )
     return states, ends if lasts is None else lasts
 
@@ -150,7 +153,7 @@ class Vector(torch.autograd.Function):
         if seq.count:
             walks.backward[(bounds.numel() - 1, cdiv(size, CHANNELS))](
                 *leaves, *d_outs, *outs, *states, *ends, *d_leaves, *d_states, bounds,
-                **walks.numbers, D=size, BD=CHANNELS, **tile_of(seq), AFTER=int(walks.after), num_warps=1,
+                **walks.numbers, D=size, BD=CHANNELS, **tile_of(seq), AFTER=int(walks.after),
             )
         return (None, None, None, None, *d_leaves, *(d_states if d_starts is None else d_starts))
 
