@@ -41,13 +41,15 @@ EMITTED = frozenset(_EMITTED.split())
 class Operand:
     """A tensor of the scan's call: the node it is, its name in emitted text, and the side that it is over.
 
-    `thin`: a gate without an axis of its side, one number a head."""
+    `thin`: a gate without an axis of its side, one number a head. `raw`: a gate that is no logarithm. `given`: whether
+    an input or a parameter is in it; else nobody wants its gradient."""
 
     node: str
     name: str
     side: Side
     thin: bool = False
     raw: bool = False
+    given: bool = True
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,10 @@ def scan_form(unit: Unit, scan: N.Scan, prefix: str = "") -> ScanForm:
         if side == "j" and any(x.side == "j" for x in gates):
             raise AssertionError("two gates on one side")
         thin = not axes & set(scan.i if side == "i" else scan.j)
-        gates.append(Operand(g.arg, name(g.arg, "gate" if g.log else "decay_gate"), side, thin, not g.log))
+        sources = [n for id_ in unit.graph.reachable([g.arg]) if isinstance(n := unit.graph[id_], N.Input | N.Param)]
+        gates.append(
+            Operand(g.arg, name(g.arg, "gate" if g.log else "decay_gate"), side, thin, not g.log, bool(sources))
+        )
     writes = tuple((Operand(w.i, name(w.i, "key"), "i"), Operand(w.j, name(w.j, "value"), "j")) for w in scan.writes)
     queries = tuple(Operand(q.arg, name(q.arg, "query"), q.side) for q in scan.queries)
     scales = tuple(f"scale_{q.name}" if m in scaled else "" for m, q in enumerate(queries))

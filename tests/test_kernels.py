@@ -302,7 +302,7 @@ def backward(
     kept = {n: run.memory[n] for n in ("states", "totals_i", "totals_j")}
     run.memory = {**logs(form, values, -1e4), **grads, **kept}
     run.memory |= {"ends": torch.empty_like(states), "d_initial": None if d_last is None else torch.empty_like(d_last)}
-    for o in form.operands():
+    for o in (o for o in form.operands() if o.given):
         parts = -(-run.sizes[o.side.upper()] // block)
         run.memory[f"d_{o.name}"] = run.empty(tokens, run.sizes["H"], parts if o.thin else values[o.name].shape[-1])
     first, *rest = launches(form)[1]
@@ -313,12 +313,12 @@ def backward(
     )
     run.run(first, block)
     run.memory = kept
-    for launch in rest:
+    for launch in (x for x in rest if x.role in run.scan.kernels):
         if any(tile.log == "small" for tile in launch.body.of_kind(T.Tile)):
             run.memory |= logs(form, values, -40 * math.log(2))
         run.run(launch, block)
     found = {n: x for n, x in run.memory.items() if n.startswith("d_") and n not in grads and x is not None}
-    for g in form.gates:
+    for g in (g for g in form.gates if g.given):
         found[f"d_{g.name}"] = found[f"d_{g.name}"].sum(-1, keepdim=True) if g.thin else found[f"d_{g.name}"]
         if g.raw:
             found[f"d_{g.name}"] = found[f"d_{g.name}"] / values[g.name].clamp(min=2.0**-40)
@@ -430,7 +430,8 @@ def check(scan: Any, given: Derived, values: dict[str, Tensor], initial: Tensor,
     for n, r in results.items():
         rows = [x[r].detach().reshape(-1, *have[n].shape[1:]) for x, _ in found]
         assert close(have[n], torch.cat(rows) * scale[n]), n
-    for o, s in names.items():
+    assert have_grads.keys() == {"d_initial", *(f"d_{o.name}" for o in scan.form.operands() if o.given)}
+    for o, s in ((o, s) for o, s in names.items() if f"d_{o}" in have_grads):
         rows = [g[s.name].reshape(-1, *have_grads[f"d_{o}"].shape[1:]) for _, g in found]
         assert close(have_grads[f"d_{o}"], torch.cat(rows)), o
     rows = [g["initial"].reshape(1, *initial.shape[1:]) for _, g in found]

@@ -54,7 +54,8 @@ def kernels_of(form: ScanForm, lines: Lines, spans: dict[str, str]) -> dict[str,
             reverse = launch in backward
             out[launch.role] = pass_kernel(form, lines, spans, reverse, totals=choose and not reverse)
         elif launch.role.startswith(("edges", "gate")):
-            out[launch.role] = _gate_kernel(form, launch, spans)
+            if (gate := form.gate(launch.blocks[0])) is not None and gate.given:
+                out[launch.role] = _gate_kernel(form, launch, spans)
         else:
             plan = replace(_plan(form, launch), only=choose)
             name = f"{form.name}_{launch.role}"
@@ -88,7 +89,8 @@ def _plan(form: ScanForm, launch: T.Kernel) -> SidePlan:
     if launch.role.startswith("read"):
         return SidePlan(side, tuple(m for m in range(len(form.queries)) if results[m] in written), (), forward=True)
     reads = tuple(m for m, q in enumerate(form.queries) if own[q.name])
-    return SidePlan(side, reads, tuple(range(len(form.writes))), gate=any(own[g.name] for g in form.gates))
+    gate = any(own[g.name] and g.given for g in form.gates)
+    return SidePlan(side, reads, tuple(range(len(form.writes))), gate=gate)
 
 
 def spans_of(unit: Unit, lines: Lines) -> dict[str, str]:
@@ -526,20 +528,22 @@ def _backward(form: ScanForm, kernels: dict[str, Kernel], backward: list[T.Kerne
     w("d_last = None if d_last is None else d_last.contiguous()")
     w("ends = torch.empty_like(states)")
     _walk(form, kernels, backward[0], w, "d_initial", "d_last", "ends")
-    for o in form.operands():
+    wanted = [o for o in form.operands() if o.given]
+    for o in wanted:
         w(f"d_{o.name} = {_gradient_buffer(form, o)}")
     raised: set[str] = set()
-    for launch in backward[1:]:
+    for launch in (x for x in backward[1:] if x.role in kernels):
         raised = _raise_gates(form, raised_by(form, launch), raised, w)
         _launch(form, kernels, launch, w)
-    for g in form.gates:
+    for g in (g for g in form.gates if g.given):
         if g.thin:
             w(f"d_{g.name} = d_{g.name}.sum(-1, keepdim=True)")
         if g.raw:
             w(f"d_{g.name} = d_{g.name} / {g.name}_value.float().clamp(min=2.0**-40)")
         if g.thin or g.raw:
             w(f"d_{g.name} = d_{g.name}.to({g.name}{'_value' if g.raw else ''}.dtype)")
-    w(f"return None, {', '.join([*(f'd_{n}' for n in names), 'd_initial', *('None' for _ in form.numbers())])}")
+    gradients = [f"d_{o.name}" if o.given else "None" for o in form.operands()]
+    w(f"return None, {', '.join([*gradients, 'd_initial', *('None' for _ in form.numbers())])}")
 
 
 def raised_by(form: ScanForm, launch: T.Kernel) -> set[str]:
