@@ -352,6 +352,8 @@ def _schedules(made: list[tuple[ScanForm, dict[str, Kernel]]], w: Writer) -> Non
         w("if not exact and 0 < programs(walks, I, J, i, j) < IDLE:")
         w(f"    i, j, warps, stages = {NARROW}")
         w("i, j = min(i, max(BLOCK, power_of_two(I))), min(j, max(BLOCK, power_of_two(J)))")
+        w("if not exact:  # as many warps as a block has work for")
+        w("    warps = min(warps, 4 * cdiv(i * j, 128 * BLOCK))")
         w('return {"BI": i, "BJ": j, "num_warps": warps, "num_stages": stages}')
     w()
     w()

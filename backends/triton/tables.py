@@ -19,11 +19,13 @@ def default_schedule(form: ScanForm, role: str) -> Schedule:
     """A kernel's schedule on Hopper, with products in bfloat16."""
     if role in ("states", "ends"):
         pairs = form.write_pairs() if role == "states" else form.query_pairs()
-        return 64, 128, 4, 3 if len(pairs) == 1 else 2
+        stages = 3 if len(pairs) == 1 else 2
+        return (64, 128, 4, stages) if form.wide() else (128, 128, 8, stages)
     if role.startswith(("edges", "gate")):
         return SAFE
     side = role.split("_")[1]
-    stages = 3 if any(g.thin for g in form.gates) else 2
-    if role.startswith("grad") and any(g.side == side for g in form.gates):  # it has the gate's gradient to hold, too
+    stages = 2 if form.wide() else 3
+    own = any(g.side == side for g in form.gates)
+    if role.startswith("grad") and (own or side == "i" and not form.wide()):  # a gate's gradient is held, too
         return 64, 64, 4, 3 if role.endswith("start") else stages
     return (128, 64, 4, stages) if side == "i" else (64, 128, 4, stages)
