@@ -21,7 +21,7 @@ from chunkc.ir.axes import Number, Size
 from chunkc.ir.diagnostics import SourceFile, Span
 from chunkc.ir.graph import Graph, Unit
 from chunkc.ir.ranges import Ranges
-from chunkc.ir.updates import absorbed
+from chunkc.ir.updates import absorbed, scaled_reads
 from chunkc.passes.chunk import TILE
 
 SCHEMA = 1
@@ -136,6 +136,7 @@ def _scan(source: SourceFile, unit: Unit, scan: N.Scan, ranges: Ranges) -> dict[
         "writes": len(scan.writes) or int(scan.add is not None),
         "reads": len(scan.queries) or 1,
         "operands": _made(source, unit, scan),
+        "scaled_at": sorted({_place(source, n.span) for n in scaled_reads(unit, scan).values()}),
         "numerics": _licence(unit, scan, gates, ranges),
         "state": [_state(graph, scan.name, scan.declared)],
         "kernels": list(_kernels(scan)),
@@ -428,6 +429,8 @@ def _render_recurrence(r: dict[str, Any]) -> list[str]:
         if made := r["operands"]:
             loaded, at = ", ".join(made["loaded_from"]), ", ".join(made["made_at"])
             out.append(f"    operands    made in its kernels ({at}) of what is loaded ({loaded})")
+        if r["scaled_at"]:
+            out.append(f"    results     multiplied by a number in its kernels ({', '.join(r['scaled_at'])})")
     for way in dict.fromkeys(k["pass"] for k in r.get("kernels", ())):
         own = [k for k in r["kernels"] if k["pass"] == way]
         moved = "; ".join(f"{k['name']} {_cost_text(k['elements'])}" for k in own)

@@ -77,6 +77,10 @@ def test_which_work_kernels_do_is_said() -> None:
     assert found == {
         "vector": {"made_at": [line["c = "]], "loaded_from": [line["input"]]}, "gated": None, "delta": None,
     }  # fmt: skip
+    scaled = [r["scaled_at"] for r in facts(compiled("gated_linear_attention"))[0]["recurrences"]]
+    assert scaled == [["gated_linear_attention.spec:15"]]
+    text = render_facts(facts(compiled("gated_linear_attention")))
+    assert "results     multiplied by a number in its kernels (gated_linear_attention.spec:15)" in text
     text = render_facts(facts(compiled("vector")))
     assert f"operands    made in its kernels ({line['c = ']}) of what is loaded ({line['input']})" in text
 
