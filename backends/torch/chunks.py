@@ -8,45 +8,76 @@ as shapes allow: those behind the last are empty, and values over chunks have co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from chunkc.backends.torch.runtime import Sequences
 
+Edges = tuple[Tensor, Tensor, Tensor, Tensor]
+
 
 class Chunks:
     """The chunks of each sequence.
 
-    `inner` are the same tokens with a chunk for a sequence, `own` the sequences whose tokens are chunks. `continues`
-    [N]: the first chunk began before the first token; `open` [N]: the last one may go on behind the last token."""
+    `inner` are the same tokens with a chunk for a sequence, `own` the sequences whose tokens are chunks; `anew`:
+    whether every sequence is known to begin with its first token. What `edges` gives is computed where it is wanted:
+    `continues` [N], whether the first chunk began before the first token; `open` [N], whether the last one may go on
+    behind the last token; `start` [N], the number of the first chunk; `position` [N], that of the first token."""
 
-    def __init__(self, seq: Sequences, inner: Sequences, own: Sequences, continues: Tensor, open_: Tensor,
-                 start: Tensor, position: Tensor, n: int = 0) -> None:  # fmt: skip
-        self.seq, self.inner, self.own = seq, inner, own
-        self.continues, self.open = continues, open_
-        self.start, self.position, self.n = start, position, n
+    def __init__(self, seq: Sequences, inner: Sequences, own: Sequences, anew: bool, edges: Callable[[], Edges],
+                 n: int = 0) -> None:  # fmt: skip
+        self.seq, self.inner, self.own, self.anew, self.n = seq, inner, own, anew, n
+        self._edges: Callable[[], Edges] = edges
+        self._known: Edges | None = None
+
+    def _edge(self, which: int) -> Tensor:
+        if self._known is None:
+            self._known = self._edges()
+        return self._known[which]
+
+    @property
+    def continues(self) -> Tensor:
+        return self._edge(0)
+
+    @property
+    def open(self) -> Tensor:
+        return self._edge(1)
+
+    @property
+    def start(self) -> Tensor:
+        return self._edge(2)
+
+    @property
+    def position(self) -> Tensor:
+        return self._edge(3)
 
     @staticmethod
     def fixed(seq: Sequences, n: int, start: Tensor | None) -> Chunks:
         """Spans of n positions, counted from the sequence's start; `start` [N] is the first token's position."""
-        lengths = seq.offsets.diff()
-        position = torch.zeros_like(lengths) if start is None else start
-        rest = position % n
-        some = lengths > 0
+
+        def edges() -> Edges:
+            lengths = seq.offsets.diff()
+            position = torch.zeros_like(lengths) if start is None else start
+            rest = position % n
+            return (lengths > 0) & (rest > 0), (rest + lengths) % n > 0, position // n, position
+
         if start is None and not seq.packed:
             count = -(-seq.tokens // n)
             inside = (torch.arange(count, device=seq.device) * n)[None] + seq.offsets[:-1, None]
             own = Sequences(seq.rows, count, None, seq.like)
             begins = inside.reshape(-1)
         else:
-            counts = torch.where(some, (rest + lengths + n - 1) // n, 0)
+            lengths = seq.offsets.diff()
+            rest = torch.zeros_like(lengths) if start is None else start % n
+            counts = torch.where(lengths > 0, (rest + lengths + n - 1) // n, 0)
             more = int(start is not None)  # a chunk that goes on is one more
             own = _ragged(seq, counts, -(-seq.most // n) + more, seq.rows * seq.tokens // n + (1 + more) * seq.count)
             owner = own.owner
             begins = seq.offsets[owner] + (own.place * n - rest[owner]).clamp(min=0)
-        return Chunks(seq, _cut(seq, begins, own, n), own, some & (rest > 0), (rest + lengths) % n > 0, position // n,
-                      position, n)  # fmt: skip
+        return Chunks(seq, _cut(seq, begins, own, n), own, start is None, edges, n)
 
     @staticmethod
     def parts(seq: Sequences, n: int) -> Chunks:
@@ -57,24 +88,29 @@ class Chunks:
         if seq.packed:
             each = torch.arange(seq.count + 1, device=seq.device) * n
             own = Sequences(1, seq.count * n, each, seq.like, most=n)
-        never, zero = torch.zeros_like(lengths, dtype=torch.bool), torch.zeros_like(lengths)
-        longest = -(-seq.most // n)
-        return Chunks(seq, _cut(seq, begins.reshape(-1), own, longest), own, never, never, zero, zero)
+
+        def edges() -> Edges:
+            never, zero = torch.zeros_like(lengths, dtype=torch.bool), torch.zeros_like(lengths)
+            return never, never, zero, zero
+
+        return Chunks(seq, _cut(seq, begins.reshape(-1), own, -(-seq.most // n)), own, True, edges)
 
     @staticmethod
     def runs(seq: Sequences, begins: Tensor, start: Tensor | None) -> Chunks:
         """A chunk begins where `begins` [B, T] holds, and with each sequence; the last one may go on."""
         lengths = seq.offsets.diff()
-        position = torch.zeros_like(lengths) if start is None else start
         flat = begins.reshape(-1)
-        edges = (flat | (seq.place == 0)).long()
-        counts = torch.zeros_like(lengths).index_add(0, seq.owner, edges)
+        first = (flat | (seq.place == 0)).long()
+        counts = torch.zeros_like(lengths).index_add(0, seq.owner, first)
         own = _ragged(seq, counts, seq.most, flat.shape[0])
-        edge = torch.searchsorted(edges.cumsum(0), own.token + 1)
-        goes_on = ~F.pad(flat, (0, 1))[seq.offsets[:-1]]  # a sequence without tokens may stand behind the last one
-        continues = (lengths > 0) & (position > 0) & goes_on
-        return Chunks(seq, _cut(seq, edge, own, seq.most), own, continues, lengths > 0, torch.zeros_like(lengths),
-                      position)  # fmt: skip
+
+        def edges() -> Edges:
+            position = torch.zeros_like(lengths) if start is None else start
+            goes_on = ~F.pad(flat, (0, 1))[seq.offsets[:-1]]  # a sequence without tokens may stand behind the last one
+            return (lengths > 0) & (position > 0) & goes_on, lengths > 0, torch.zeros_like(lengths), position
+
+        inner = _cut(seq, torch.searchsorted(first.cumsum(0), own.token + 1), own, seq.most)
+        return Chunks(seq, inner, own, start is None, edges)
 
     # -- where they lie ----------------------------------------------------------------------------------------------
 
@@ -121,6 +157,8 @@ class Chunks:
 
     def enter(self, state: Tensor, fresh: Tensor) -> Tensor:
         """What each chunk starts from [M, ...]: the state given where it goes on, else the initial value."""
+        if self.anew and not self.own.packed:
+            return fresh.repeat_interleave(self.own.tokens, 0)
         owner = self.own.owner
         goes_on = (self.own.place == 0) & self.continues[owner]
         return torch.where(_wide(goes_on, state), state[owner], fresh[owner])
@@ -129,6 +167,8 @@ class Chunks:
         """The state of each sequence's last chunk [N, ...], the given one of a sequence without tokens."""
         if last.shape[0] == 0:
             return state
+        if not self.own.packed:
+            return last.reshape(self.own.rows, self.own.tokens, *last.shape[1:])[:, -1]
         some = self.own.offsets.diff() > 0
         return torch.where(_wide(some, state), last[(self.own.offsets[1:] - 1).clamp(min=0)], state)
 
@@ -145,9 +185,10 @@ class Chunks:
         out = self.inner.reduce(x, "sum" if fn == "mean" else fn)
         if so_far is None:
             so_far = out.new_zeros((self.seq.count, *out.shape[1:]))
-        owner = self.own.owner
-        goes_on = _wide((self.own.place == 0) & self.continues[owner], out)
-        out = torch.where(goes_on, _joined(out, so_far[owner].to(out.dtype), fn), out)
+        if not self.anew:
+            owner = self.own.owner
+            goes_on = _wide((self.own.place == 0) & self.continues[owner], out)
+            out = torch.where(goes_on, _joined(out, so_far[owner].to(out.dtype), fn), out)
         kept = self.leave(out, so_far.to(out.dtype))
         if fn == "mean":
             length = self.length().reshape(-1).clamp(min=1)
@@ -156,7 +197,7 @@ class Chunks:
 
     def resumed(self, step: int, x: Tensor, so_far: Tensor, fn: str) -> Tensor:
         """A reduction over one chunk of each sequence [N, ...], with what that chunk held before this call."""
-        if step:
+        if step or self.anew:
             return x
         return torch.where(_wide(self.continues, x), _joined(x, so_far.to(x.dtype), fn), x)
 
