@@ -1,7 +1,7 @@
 """The whole table of speed: `python benchmarks/suite.py --out DIR`, on one GPU in less than eight minutes.
 
 Emitted ops are checked against float64, all at once. Then one process at a time has the GPU, one for each candidate and
-shape: first ours, while the kernels that peers choose among are compiled on the CPU, then peers."""
+shape: first ours, while the kernels that peers choose among are compiled on the CPU, then short calls and peers."""
 
 from __future__ import annotations
 
@@ -85,16 +85,20 @@ class Suite:
     # -- what is run ---------------------------------------------------------------------------------------------------
 
     def measure(self) -> None:
-        """Checks; then emitted ops, while what peers choose among is compiled; then peers, which need all of it."""
+        """Checks; then emitted ops, while what peers choose among is compiled; then peers, which need all of it, and
+        calls of ours so short that the CPU has to be idle beside them."""
         shares = 1 if self.alone else SHARES
         with ThreadPoolExecutor(shares) as background:
             compiling = [background.submit(self.task, fill) for fill in tasks.fills(self.rows, shares)]
             self.each(tasks.checks(self.rows), os.cpu_count() or 2, self.take_check)
             timings = tasks.timings(self.rows)
             own = [request for request in timings if request["candidate"] == OURS]
-            self.each([*tasks.cold(self.rows, self.scratch), *self.right(own)], WAITING, self.take_times)
+            right = self.right(own)
+            long = [request for request in right if not tasks.short(worker.cases_of(request))]
+            self.each([*tasks.cold(self.rows, self.scratch), *long], WAITING, self.take_times)
             self.take_compiled([done.result() for done in compiling])
-        self.each([self.in_turn(r) for r in timings if r not in own], WAITING, self.take_times)
+        rest = [request for request in right if request not in long]
+        self.each([*rest, *(self.in_turn(r) for r in timings if r not in own)], WAITING, self.take_times)
 
     def right(self, own: Sequence[Request]) -> list[Request]:
         """Those whose ops are right; the others are rows that say what is wrong."""

@@ -11,6 +11,7 @@ from ops import OPS
 from rows import LARGE, MILDEST, OURS, Case, Row
 
 Request = dict[str, Any]
+FEW = 2**17  # tokens of all heads
 FILLED = 256  # tokens that peers compile for; a length that is no multiple of 16 keeps its remainder
 
 
@@ -35,6 +36,11 @@ def _timing(name: str, cases: Sequence[Case]) -> Request:
     ))  # fmt: skip
     return {"task": "time", "candidate": name, "cases": _data(cases), "errors": _data(errors),
             "title": f"{name}, {cases[0].op}, {cases[0].shape.text()}"}  # fmt: skip
+
+
+def short(cases: Iterable[Case]) -> bool:
+    """Whether calls may take the GPU less time than a busy CPU takes to launch them."""
+    return any(OPS[c.op].vector or c.mode == "step" or c.shape.B * c.shape.T * c.shape.H <= FEW for c in cases)
 
 
 def checks(rows: Iterable[Row]) -> list[Request]:
