@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -33,8 +34,13 @@ after halves levels log_gate masked_sum d_initial d_last low_i low_j up_i up_j f
 cdiv power_of_two places to_end_i to_end_j to_edge_i to_edge_j decay_i decay_j reads_i reads_j written_i written_j
 walk first_tile turn begin end own skipped place total_i total_j totals_i totals_j decayed_i decayed_j segment segments
 launch programs walked_tiles segment_of joined IDLE CUT JOINED SAFE SCHEDULES
+blocks column edges edge_states flow_of_reads flowing from_start gaps inverse near near_read next parts_i parts_j passed
+sums_i sums_i_read sums_j sums_j_read tile_start tile_stop to_end whole written same outward wanted numbers
 """
 EMITTED = frozenset(_EMITTED.split())
+NUMBERED = re.compile(
+    r"(score|own|rows|read|reader|reading|writer|written|pairs|left|right)_?\d+"
+)  # of queries and writes
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class ScanForm:
         return [Pair(i.name, j.name) for i, j in self.writes]
 
 
-def _derived(name: str) -> set[str]:
+def derived_names(name: str) -> set[str]:
     """An operand's name and those made of it: its gradient, what a query reads and that one's gradient, a raw gate, a
     gate of a tile that a walk comes to next, what a query's result is multiplied by."""
     return {name, f"d_{name}", f"out_{name}", f"d_out_{name}", f"{name}_value", f"{name}_ahead",
@@ -148,12 +154,13 @@ def scan_form(unit: Unit, scan: N.Scan, prefix: str = "") -> ScanForm:
     axes_of = {n.id: n.axes for n in unit.graph.nodes}
 
     def name(id_: str, role: str) -> str:
-        base = identifier(id_) if is_name(id_) and not id_.startswith(("scan", "expand", "map")) else role
+        named = is_name(id_) and not id_.startswith(("scan", "expand", "map")) and not NUMBERED.fullmatch(id_)
+        base = identifier(id_) if named else role
         out, n = base, 1
-        while taken & _derived(out):
+        while taken & derived_names(out):
             n += 1
             out = f"{base}{n}"
-        taken.update(_derived(out))
+        taken.update(derived_names(out))
         return out
 
     gates: list[Operand] = []

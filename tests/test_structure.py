@@ -17,7 +17,7 @@ from crosscompile import TARGETS, compile_kernel, overwritten, sources, usage
 from emitted import emit
 from shipped import RECURRENCES
 
-from chunkc.backends.scan import EMITTED, ScanForm, scan_form
+from chunkc.backends.scan import EMITTED, NUMBERED, ScanForm, derived_names, scan_form
 from chunkc.backends.triton.emit import kernels_of, launches, spans_of
 from chunkc.backends.triton.kernel import Expr, Kernel, Let, Loop, Store, call, where
 from chunkc.backends.triton.schedule import SIDES, join_kernel
@@ -118,17 +118,6 @@ def test_loops(name: str, index: int, role: str) -> None:
 @pytest.mark.parametrize("name", VECTOR)
 def test_loops_of_elementwise_scans(name: str) -> None:
     check_loops(VECTOR[name], {"tiles", "whole tiles"})
-
-
-@pytest.mark.parametrize("role", ["states", "ends"])
-@pytest.mark.parametrize("name", CHUNKED)
-def test_names_of_a_walk_are_kept_from_operands(name: str, role: str) -> None:
-    """What a walk names is no name that a spec's operand may have, but for those that are numbered by pairs."""
-    for scan in scans(name):
-        kernel, own = scan.kernels[role], {o.name for o in scan.form.operands()}
-        bound = {s.name for s in kernel.statements() if isinstance(s, Let)} - own
-        bound = {re.sub(r"^(left|right)\d+$", r"\1", n.removesuffix("_ahead")) for n in bound}
-        assert {n for n in bound if re.sub("^d_(out_)?", "", n) not in own} <= EMITTED
 
 
 def test_what_joins_segments_loops_over_them() -> None:
@@ -361,6 +350,25 @@ def test_spec_lines(name: str, index: int, role: str) -> None:
             assert re.fullmatch(place, s.note)
             noted += 1
     assert noted
+
+
+@each_kernel
+def test_names_are_kept_free(name: str, index: int, role: str) -> None:
+    """What a kernel calls its own values no operand is called."""
+    scan, kernel = at(name, index, role)
+    own = {n for o in scan.form.operands() for n in derived_names(o.name)}
+    made = {s.name for s in kernel.statements() if isinstance(s, Let | Loop)}
+    made |= {a.removesuffix("_ptr") for a in kernel.arguments}
+    assert {n for n in made - own if not NUMBERED.fullmatch(n)} <= EMITTED
+
+
+def test_an_operand_with_a_name_of_a_kernel() -> None:
+    text = cases.OPS["gated"]
+    for name in ("near", "inverse", "score_00", "edge_states", "left1"):
+        source = SourceFile("f.spec", re.sub(r"\bk\b", name, text))
+        (unit,) = compile_source(source).units
+        (node,) = unit.graph.of_kind(N.Scan)
+        assert name not in {o.name for o in scan_form(unit, node).operands()}
 
 
 @each_kernel
