@@ -38,9 +38,8 @@ blocks column edges edge_states flow_of_reads flowing from_start gaps inverse ne
 sums_i sums_i_read sums_j sums_j_read tile_start tile_stop to_end whole written same outward wanted numbers
 """
 EMITTED = frozenset(_EMITTED.split())
-NUMBERED = re.compile(
-    r"(score|own|rows|read|reader|reading|writer|written|pairs|left|right)_?\d+"
-)  # of queries and writes
+# Names that may have the number of a query or a write behind them.
+NUMBERED = re.compile(r"(score|own|rows|read|reader|reading|writer|written|pairs|left|right)(_?\d+)?")
 
 
 @dataclass(frozen=True)
