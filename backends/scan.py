@@ -35,7 +35,7 @@ cdiv power_of_two places to_end_i to_end_j to_edge_i to_edge_j decay_i decay_j r
 walk first_tile turn begin end own skipped place total_i total_j totals_i totals_j decayed_i decayed_j segment segments
 launch programs walked_tiles segment_of joined IDLE CUT JOINED SAFE SCHEDULES
 blocks column edges edge_states flow_of_reads flowing from_start gaps inverse near near_read next parts_i parts_j passed
-sums_i sums_i_read sums_j sums_j_read tile_start tile_stop to_end whole written same outward wanted numbers
+sums_i sums_i_read sums_j sums_j_read tile_start tile_stop to_end whole written same
 """
 EMITTED = frozenset(_EMITTED.split())
 # Names that may have the number of a query or a write behind them.
@@ -170,14 +170,13 @@ def scan_form(unit: Unit, scan: N.Scan, prefix: str = "") -> ScanForm:
             raise AssertionError("two gates on one side")
         thin = not axes & set(scan.i if side == "i" else scan.j)
         sources = [n for id_ in unit.graph.reachable([g.arg]) if isinstance(n := unit.graph[id_], N.Input | N.Param)]
-        gates.append(
-            Operand(g.arg, name(g.arg, "gate" if g.log else "decay_gate"), side, thin, not g.log, bool(sources))
-        )
+        own = name(g.arg, "gate" if g.log else "decay_gate")
+        gates.append(Operand(g.arg, own, side, thin, not g.log, bool(sources)))
     writes = tuple((Operand(w.i, name(w.i, "key"), "i"), Operand(w.j, name(w.j, "value"), "j")) for w in scan.writes)
     queries = tuple(Operand(q.arg, name(q.arg, "query"), q.side) for q in scan.queries)
     scales = tuple(f"scale_{q.name}" if m in scaled else "" for m, q in enumerate(queries))
-    own = identifier(prefix + scan.name)
-    return ScanForm(scan, tuple(gates), writes, queries, own, scales, unit.schedule.prefix_invariant)
+    whole = identifier(prefix + scan.name)
+    return ScanForm(scan, tuple(gates), writes, queries, whole, scales, unit.schedule.prefix_invariant)
 
 
 def as_stored(unit: Unit) -> frozenset[str]:

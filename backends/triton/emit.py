@@ -506,9 +506,8 @@ def _call(kernel: Kernel, launch: T.Kernel, w: Writer, rename: dict[str, str]) -
     given = {"C": "TILE", "AI": "power_of_two(I)", "AJ": "power_of_two(J)", "GATE_PARTS": "parts"}
     given |= {c: c for c in ("H", "I", "J", "LEVELS")}
     given |= {c: f'types["{c}"]' for c in ("DOT", "PRECISION", "PARTS", "LIMIT")}
-    rows, walks = (
-        ("seq.count * segments", ", seq.count * H * segments") if launch.rows == "sequences" else ("tiles", "")
-    )
+    walked = launch.rows == "sequences"
+    rows, walks = ("seq.count * segments", ", seq.count * H * segments") if walked else ("tiles", "")
     w(f'chosen = schedule("{kernel.name}", I, J, types{walks})')
     w(f"{kernel.name}[({rows} * H * {count},)](")
     w(f"    {', '.join(arguments)},")

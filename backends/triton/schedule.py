@@ -89,7 +89,7 @@ class _Walk:
                else f"{form.scan.name} at each tile's start.")  # fmt: skip
         numbers = form.numbers() if self.reverse else []
         tail = (*numbers, "initial_ptr", "states_ptr", "last_ptr", "offsets_ptr", "first_tile_ptr", "tokens", "each",
-                "segment",                "segments")  # fmt: skip
+                "segment", "segments")  # fmt: skip
         kept = (*(f"totals_{g.side}_ptr" for g in self.wide), *(f"decay_{g.side}_ptr" for g in self.gates))
         name = f"{form.name}_ends" if self.reverse else f"{form.name}_states"
         return Kernel(name, doc, (*dict.fromkeys(used), *tail, *kept), self.t.closed())
