@@ -192,7 +192,7 @@ def call(p: Layout, form: Form, tiles: list[Tile], cached: dict[str, tuple[str, 
                 seq = p.seq(p.graph.axis[source.axis].space)
                 beside = [n.name for s in node.sources if s.axis == source.axis for n in form.inputs(s)]
                 first = next((cached[name][0] for name in beside if name in cached), None)
-                begin = f"{p.chunks(source.axis)}.start" if p.graph.axis[source.axis].kind == "chunk" else start
+                begin = f"{p.chunks(source.axis)}.edges.start" if p.graph.axis[source.axis].kind == "chunk" else start
                 shared = f"_ring.Whole({queries}, {seq}, {'None' if begin == start else begin})"
                 if form.query is not None and seq == p.seq(p.graph.axis[form.query].space):
                     shared = f"_ring.Travelling({queries}, {first})"

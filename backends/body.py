@@ -16,7 +16,7 @@ from chunkc.backends.writer import Lines, Writer, identifier, is_name
 from chunkc.ir import nodes as N
 from chunkc.ir.axes import DType
 from chunkc.ir.graph import Graph, Unit
-from chunkc.ir.updates import scale_of, scaled_reads, update_of
+from chunkc.ir.updates import scaled_reads, update_of
 
 
 class Body(Loops):
@@ -45,7 +45,7 @@ class Body(Loops):
         self.vectors = {scan.id: form for form in forms for scan in form.scans}
         self.inside = {id_ for update in self.updates.values() for id_ in update}
         self.inside |= {id_ for form in forms for id_ in inside(self.graph, form)}
-        self.inside |= {product.id for products in self.scaled.values() for product in products.values()}
+        self.inside |= {product.id for found in self.scaled.values() for product, _ in found.values()}
         self.emitted: set[str] = set()
 
     def text(self, graph: Graph, id_: str) -> tuple[str, int]:
@@ -402,7 +402,7 @@ class Body(Loops):
         last = self.fresh(f"{form.name}_last")
         self.w(f"{', '.join([*results, last])} = scans.{form.name}_scan(")
         scaled = self.scaled[node.id]
-        numbers = [self.text(self.graph, scale_of(self.graph, scaled[m]).id)[0] for m in sorted(scaled)]
+        numbers = [self.text(self.graph, scaled[m][1].id)[0] for m in sorted(scaled)]
         for line in [seq, *call, start, *numbers]:
             self.w(f"    {line},")
         self.w(")")
@@ -412,7 +412,7 @@ class Body(Loops):
                 if not single:
                     full = ", ".join([f"{seq}.rows", f"{seq}.tokens", *node.batch, *kept])
                     self.w(f"{name} = {name}.reshape({full})")
-                self.names[scaled[index].id if index in scaled else outs[index].id] = name
+                self.names[scaled[index][0].id if index in scaled else outs[index].id] = name
         axes = (*node.batch, *node.i, *node.j)
         final = last if single else f"{last}.reshape({', '.join([f'{seq}.count', *axes])})"
         optional = node.name in self.optional and not (single and node.declared == axes)

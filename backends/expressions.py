@@ -365,7 +365,7 @@ class Expressions(Layout):
         if at == NOWHERE:
             index = f"{held(index, rank, 9)}.expand({self.main}.count, *{held(index, rank, 9)}.shape)"
         owner = f"torch.arange({self.main}.count, device=device)" if at in (NOWHERE, EACH) else f"{self.seq(at)}.owner"
-        first = f"{self.chunks(node.axis)}.start" if axis.kind == "chunk" else self.start(node.axis)
+        first = f"{self.chunks(node.axis)}.edges.start" if axis.kind == "chunk" else self.start(node.axis)
         return f"{seq}.at({x}, {index}, {owner}, {first}, {len(shared)}, {2 if at not in (NOWHERE, EACH) else 1})"
 
 

@@ -127,6 +127,10 @@ class ScanForm:
         """The names of the numbers that a call takes."""
         return [s for s in self.scales if s]
 
+    def typed_numbers(self) -> str:
+        """These numbers as the last parameters of a function."""
+        return "".join(f", {n}: float" for n in self.numbers())
+
     def query_pairs(self, prefix: str = "d_out_") -> list[Pair]:
         """Each query with the gradient of its result, which lies on the other side."""
         return [

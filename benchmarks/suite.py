@@ -93,12 +93,12 @@ class Suite:
             self.each(tasks.checks(self.rows), os.cpu_count() or 2, self.take_check)
             timings = tasks.timings(self.rows)
             own = [request for request in timings if request["candidate"] == OURS]
-            right = self.right(own)
-            long = [request for request in right if not tasks.short(worker.cases_of(request))]
+            short, long = list[Request](), list[Request]()
+            for request in self.right(own):
+                (short if tasks.short(worker.cases_of(request)) else long).append(request)
             self.each([*tasks.cold(self.rows, self.scratch), *long], WAITING, self.take_times)
             self.take_compiled([done.result() for done in compiling])
-        rest = [request for request in right if request not in long]
-        self.each([*rest, *(self.in_turn(r) for r in timings if r not in own)], WAITING, self.take_times)
+        self.each([*short, *(self.in_turn(r) for r in timings if r not in own)], WAITING, self.take_times)
 
     def right(self, own: Sequence[Request]) -> list[Request]:
         """Those whose ops are right; the others are rows that say what is wrong."""

@@ -136,7 +136,7 @@ def _scan(source: SourceFile, unit: Unit, scan: N.Scan, ranges: Ranges) -> dict[
         "writes": len(scan.writes) or int(scan.add is not None),
         "reads": len(scan.queries) or 1,
         "operands": _made(source, unit, scan),
-        "scaled_at": sorted({_place(source, n.span) for n in scaled_reads(unit, scan).values()}),
+        "scaled_at": sorted({_place(source, n.span) for n, _ in scaled_reads(unit, scan).values()}),
         "numerics": _licence(unit, scan, gates, ranges),
         "state": [_state(graph, scan.name, scan.declared)],
         "kernels": list(_kernels(scan)),

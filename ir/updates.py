@@ -47,29 +47,19 @@ def between(graph: Graph, scan: N.Scan, leaves: tuple[str, ...]) -> list[N.AnyNo
     return [n for n in graph.nodes if n.id in found]
 
 
-def scaled_reads(unit: Unit, scan: N.Scan) -> dict[int, N.Map]:
-    """Of a scan with products the reads that nothing needs but times a number: these products, by the read's index.
+def scaled_reads(unit: Unit, scan: N.Scan) -> dict[int, tuple[N.Map, N.Const]]:
+    """Of a scan with products the reads that nothing needs but times a number: the product and the number, by the
+    read's index.
 
     A plan of ranks puts reads together before."""
     if not (scan.i or scan.j) or unit.parallel is not None or scan.dtype != "float":
         return {}
-    graph, found = unit.graph, dict[int, N.Map]()
+    graph, found = unit.graph, dict[int, tuple[N.Map, N.Const]]()
     users, outputs = graph.users(), {id_ for _, id_ in graph.outputs}
     for read in users[scan.id]:
         if isinstance(read, N.Out) and read.index < len(scan.queries) and read.id not in outputs:
             node = users[read.id][0] if len(users[read.id]) == 1 else None
-            if isinstance(node, N.Map) and node.fn == "*" and isinstance(graph[_beside(node, read.id)], N.Const):
-                found[read.index] = node
+            if isinstance(node, N.Map) and node.fn == "*":
+                number = next((n for a in node.args if isinstance(n := graph[a], N.Const)), None)
+                found |= {} if number is None else {read.index: (node, number)}
     return found
-
-
-def scale_of(graph: Graph, product: N.Map) -> N.Const:
-    """The number that a scan multiplies a read by."""
-    (number,) = (n for a in product.args if isinstance(n := graph[a], N.Const))
-    return number
-
-
-def _beside(product: N.Map, id_: str) -> str:
-    """The other factor of two."""
-    a, b = product.args
-    return b if a == id_ else a

@@ -9,6 +9,7 @@ as shapes allow: those behind the last are empty, and values over chunks have co
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,68 +17,50 @@ from torch.nn import functional as F
 
 from chunkc.backends.torch.runtime import Sequences
 
-Edges = tuple[Tensor, Tensor, Tensor, Tensor]
+
+class Edges(NamedTuple):
+    """Of each sequence [N] whether its first chunk began before the first token (`continues`), whether its last one may
+    go on behind the last token (`open`), the number of the first chunk (`start`), the position of the first token."""
+
+    continues: Tensor
+    open: Tensor
+    start: Tensor
+    position: Tensor
 
 
 class Chunks:
     """The chunks of each sequence.
 
     `inner` are the same tokens with a chunk for a sequence, `own` the sequences whose tokens are chunks; `anew`:
-    whether every sequence is known to begin with its first token. What `edges` gives is computed where it is wanted:
-    `continues` [N], whether the first chunk began before the first token; `open` [N], whether the last one may go on
-    behind the last token; `start` [N], the number of the first chunk; `position` [N], that of the first token."""
+    whether every sequence is known to begin with its first token. `edges` are computed where they are wanted."""
 
-    def __init__(self, seq: Sequences, inner: Sequences, own: Sequences, anew: bool, edges: Callable[[], Edges],
+    def __init__(self, seq: Sequences, inner: Sequences, own: Sequences, anew: bool, make: Callable[[], Edges],
                  n: int = 0) -> None:  # fmt: skip
         self.seq, self.inner, self.own, self.anew, self.n = seq, inner, own, anew, n
-        self._edges: Callable[[], Edges] = edges
-        self._known: Edges | None = None
-
-    def _edge(self, which: int) -> Tensor:
-        if self._known is None:
-            self._known = self._edges()
-        return self._known[which]
+        self._make: Callable[[], Edges] = make
+        self._edges: Edges | None = None
 
     @property
-    def continues(self) -> Tensor:
-        return self._edge(0)
-
-    @property
-    def open(self) -> Tensor:
-        return self._edge(1)
-
-    @property
-    def start(self) -> Tensor:
-        return self._edge(2)
-
-    @property
-    def position(self) -> Tensor:
-        return self._edge(3)
+    def edges(self) -> Edges:
+        if self._edges is None:
+            self._edges = self._make()
+        return self._edges
 
     @staticmethod
     def fixed(seq: Sequences, n: int, start: Tensor | None) -> Chunks:
         """Spans of n positions, counted from the sequence's start; `start` [N] is the first token's position."""
-
-        def edges() -> Edges:
-            lengths = seq.offsets.diff()
-            position = torch.zeros_like(lengths) if start is None else start
-            rest = position % n
-            return (lengths > 0) & (rest > 0), (rest + lengths) % n > 0, position // n, position
-
         if start is None and not seq.packed:
             count = -(-seq.tokens // n)
             inside = (torch.arange(count, device=seq.device) * n)[None] + seq.offsets[:-1, None]
             own = Sequences(seq.rows, count, None, seq.like)
-            begins = inside.reshape(-1)
-        else:
-            lengths = seq.offsets.diff()
-            rest = torch.zeros_like(lengths) if start is None else start % n
-            counts = torch.where(lengths > 0, (rest + lengths + n - 1) // n, 0)
-            more = int(start is not None)  # a chunk that goes on is one more
-            own = _ragged(seq, counts, -(-seq.most // n) + more, seq.rows * seq.tokens // n + (1 + more) * seq.count)
-            owner = own.owner
-            begins = seq.offsets[owner] + (own.place * n - rest[owner]).clamp(min=0)
-        return Chunks(seq, _cut(seq, begins, own, n), own, start is None, edges, n)
+            return Chunks(seq, _cut(seq, inside.reshape(-1), own, n), own, True, lambda: _spans(seq, start, n)[0], n)
+        edges, lengths, rest = _spans(seq, start, n)
+        counts = torch.where(lengths > 0, (rest + lengths + n - 1) // n, 0)
+        more = int(start is not None)  # a chunk that goes on is one more
+        own = _ragged(seq, counts, -(-seq.most // n) + more, seq.rows * seq.tokens // n + (1 + more) * seq.count)
+        owner = own.owner
+        begins = seq.offsets[owner] + (own.place * n - rest[owner]).clamp(min=0)
+        return Chunks(seq, _cut(seq, begins, own, n), own, start is None, lambda: edges, n)
 
     @staticmethod
     def parts(seq: Sequences, n: int) -> Chunks:
@@ -91,7 +74,7 @@ class Chunks:
 
         def edges() -> Edges:
             never, zero = torch.zeros_like(lengths, dtype=torch.bool), torch.zeros_like(lengths)
-            return never, never, zero, zero
+            return Edges(never, never, zero, zero)
 
         return Chunks(seq, _cut(seq, begins.reshape(-1), own, -(-seq.most // n)), own, True, edges)
 
@@ -107,7 +90,7 @@ class Chunks:
         def edges() -> Edges:
             position = torch.zeros_like(lengths) if start is None else start
             goes_on = ~F.pad(flat, (0, 1))[seq.offsets[:-1]]  # a sequence without tokens may stand behind the last one
-            return (lengths > 0) & (position > 0) & goes_on, lengths > 0, torch.zeros_like(lengths), position
+            return Edges((lengths > 0) & (position > 0) & goes_on, lengths > 0, torch.zeros_like(lengths), position)
 
         inner = _cut(seq, torch.searchsorted(first.cumsum(0), own.token + 1), own, seq.most)
         return Chunks(seq, inner, own, start is None, edges)
@@ -126,24 +109,24 @@ class Chunks:
     def of(self) -> Tensor:
         """The chunk of each token, counted in its sequence [B, T]."""
         local = self.inner.owner - self._first()[self.seq.owner]
-        return (local + self.start[self.seq.owner]).view(self.seq.rows, self.seq.tokens)
+        return (local + self.edges.start[self.seq.owner]).view(self.seq.rows, self.seq.tokens)
 
     def index(self) -> Tensor:
         """Each chunk's place in its sequence."""
-        return self.own.positions(self.start)
+        return self.own.positions(self.edges.start)
 
     def first(self) -> Tensor:
         """Each chunk's first position."""
         owner = self.own.owner
-        local = self.inner.offsets[:-1] - self.seq.offsets[owner] + self.position[owner]
+        local = self.inner.offsets[:-1] - self.seq.offsets[owner] + self.edges.position[owner]
         if self.n:
-            local = torch.minimum(local, (self.own.place + self.start[owner]) * self.n)
+            local = torch.minimum(local, (self.own.place + self.edges.start[owner]) * self.n)
         return self._own_shape(local)
 
     def last(self) -> Tensor:
         """Each chunk's last position so far."""
         owner = self.own.owner
-        return self._own_shape(self.inner.offsets[1:] - 1 - self.seq.offsets[owner] + self.position[owner])
+        return self._own_shape(self.inner.offsets[1:] - 1 - self.seq.offsets[owner] + self.edges.position[owner])
 
     def length(self) -> Tensor:
         """How many positions each chunk has so far."""
@@ -160,7 +143,7 @@ class Chunks:
         if self.anew and not self.own.packed:
             return fresh.repeat_interleave(self.own.tokens, 0)
         owner = self.own.owner
-        goes_on = (self.own.place == 0) & self.continues[owner]
+        goes_on = (self.own.place == 0) & self.edges.continues[owner]
         return torch.where(_wide(goes_on, state), state[owner], fresh[owner])
 
     def leave(self, last: Tensor, state: Tensor) -> Tensor:
@@ -175,7 +158,7 @@ class Chunks:
     def complete(self) -> Tensor:
         """How many chunks of each sequence are complete [N]."""
         counts = self.own.offsets.diff()
-        return counts - (self.open & (counts > 0)).long()
+        return counts - (self.edges.open & (counts > 0)).long()
 
     # -- reductions --------------------------------------------------------------------------------------------------
 
@@ -187,7 +170,7 @@ class Chunks:
             so_far = out.new_zeros((self.seq.count, *out.shape[1:]))
         if not self.anew:
             owner = self.own.owner
-            goes_on = _wide((self.own.place == 0) & self.continues[owner], out)
+            goes_on = _wide((self.own.place == 0) & self.edges.continues[owner], out)
             out = torch.where(goes_on, _joined(out, so_far[owner].to(out.dtype), fn), out)
         kept = self.leave(out, so_far.to(out.dtype))
         if fn == "mean":
@@ -199,7 +182,7 @@ class Chunks:
         """A reduction over one chunk of each sequence [N, ...], with what that chunk held before this call."""
         if step or self.anew:
             return x
-        return torch.where(_wide(self.continues, x), _joined(x, so_far.to(x.dtype), fn), x)
+        return torch.where(_wide(self.edges.continues, x), _joined(x, so_far.to(x.dtype), fn), x)
 
     def kept(self, step: int, x: Tensor, before: Tensor) -> Tensor:
         """What each sequence's last chunk holds so far, once the loop has passed it."""
@@ -242,6 +225,15 @@ class Chunks:
     def updates(self, step: int) -> Tensor:
         """Whether a step is a complete chunk of the sequence [N]: an unfinished one updates nothing."""
         return self.complete() > step
+
+
+def _spans(seq: Sequences, start: Tensor | None, n: int) -> tuple[Edges, Tensor, Tensor]:
+    """Of spans of n positions the edges; the sequences' lengths, and how much of their first spans lies before them."""
+    lengths = seq.offsets.diff()
+    position = torch.zeros_like(lengths) if start is None else start
+    rest = position % n
+    edges = Edges((lengths > 0) & (rest > 0), (rest + lengths) % n > 0, position // n, position)
+    return edges, lengths, rest
 
 
 def _ragged(seq: Sequences, counts: Tensor, each: int, together: int) -> Sequences:

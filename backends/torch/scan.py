@@ -45,8 +45,7 @@ def emit_scan(form: ScanForm, lines: Lines, w: Writer) -> None:
     w()
     w()
     w("@uncast")
-    numbers = "".join(f", {n}: float" for n in form.numbers())
-    taken = f"seq: Sequences, {_typed(names)}, initial: Tensor | None{numbers}"
+    taken = f"seq: Sequences, {_typed(names)}, initial: Tensor | None{form.typed_numbers()}"
     with w.indented(f"def {form.name}_scan({taken}) -> tuple[Tensor, ...]:"):
         w(f'"""{_signature(form)}"""')
         i, j = (o.name for o in form.writes[0])

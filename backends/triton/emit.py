@@ -379,7 +379,7 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
         kernel.print(w)
     names = [o.name for o in form.operands()]
     typed = ", ".join(f"{n}: Tensor" for n in names)
-    outs, numbers = form.results(), "".join(f", {n}: float" for n in form.numbers())
+    outs, numbers = form.results(), form.typed_numbers()
     w()
     w()
     with w.indented(f"class {form.name}_Scan(torch.autograd.Function):"):
@@ -427,7 +427,7 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
 
 def _entry(form: ScanForm, names: list[str], typed: str, w: Writer) -> None:
     """The function that layers call: one token is a kernel of its own, which takes operands as they are stored."""
-    numbers = "".join(f", {n}: float" for n in form.numbers())
+    numbers = form.typed_numbers()
     given = f"seq, {', '.join([*names, 'initial', *form.numbers()])}"
     w()
     w()
@@ -436,7 +436,7 @@ def _entry(form: ScanForm, names: list[str], typed: str, w: Writer) -> None:
         f"def {form.name}_scan(seq: Sequences, {typed}, initial: Tensor | None{numbers}) -> tuple[Any, ...]:"
     ):
         w(f'"""Operands [B, T, H, D], the state [N, H, I, J] before the first token; gives each read {form.when} '
-          f'the update{", times its scale" * bool(numbers)}, and the last state. Without a state it starts at zero and '
+          f'the update{", times its scale" * bool(numbers)}, and the last state. Without a state it starts at zero '
           'and gives none."""')  # fmt: skip
         with w.indented(f"if seq.one_token and initial is not None and not tracked({', '.join([*names, 'initial'])}):"):
             w(f"return {form.name}_step({given})")

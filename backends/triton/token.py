@@ -139,8 +139,9 @@ def emit_step(form: ScanForm, kernel: Kernel, lines: Lines, w: Writer) -> None:
     """One token of a scan as a function of a state that stays, or of one that is written over."""
     names, own = [o.name for o in form.operands()], free_side(form, [])
     typed = ", ".join(f"{n}: Tensor" for n in names)
-    numbers = "".join(f", {n}: float" for n in form.numbers())
-    with w.indented(f"def {form.name}_step(seq: Sequences, {typed}, state: Tensor{numbers}) -> tuple[Tensor, ...]:"):
+    with w.indented(
+        f"def {form.name}_step(seq: Sequences, {typed}, state: Tensor{form.typed_numbers()}) -> tuple[Tensor, ...]:"
+    ):
         w('"""One token of each sequence in one launch: the reads, and the state after it."""')
         w(f"{', '.join(names)}, state = {', '.join(f'{n}.contiguous()' for n in names)}, state.contiguous()")
         i, j = form.writes[0]
