@@ -15,7 +15,8 @@ from chunkc.backends.scan import scan_form
 from chunkc.backends.torch.pairs import attentions
 from chunkc.backends.torch.scan import emit_scan
 from chunkc.backends.torch.vector import emit_vector_scan
-from chunkc.backends.triton.emit import emit_kernels, prefix_of
+from chunkc.backends.triton.emit import emit_kernels, prefix_of, scans_of
+from chunkc.backends.triton.tables import candidates
 from chunkc.backends.unit import UnitEmitter
 from chunkc.backends.vector import vector_forms
 from chunkc.backends.writer import MODULE_NAMES, Lines, Writer, identifier, public
@@ -24,6 +25,7 @@ from chunkc.ir.axes import Number, Size
 from chunkc.ir.diagnostics import SourceFile
 from chunkc.ir.graph import Unit
 from chunkc.ir.rewrite import Rebinding
+from chunkc.ir.tuning import Schedule
 
 Tiles = Mapping[str, Mapping[str, list[Tile]]]  # the functions of each unit's attentions
 AT_RUN_TIME = Path(__file__).parent / "torch"  # modules that are copied into packages
@@ -37,10 +39,10 @@ _ahead.install(globals())
 """
 
 
-def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[str, Number], *, ahead: bool = False
-               ) -> dict[str, str]:  # fmt: skip
-    """The files of the package for these units at the normal level, by name; `settings` replace defaults. With `ahead`
-    its kernels are taken from what is compiled ahead."""
+def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[str, Number],
+               schedules: Mapping[str, Schedule] | None = None, *, ahead: bool = False) -> dict[str, str]:  # fmt: skip
+    """The files of the package for these units at the normal level, by name; `settings` replace defaults, `schedules`
+    those of kernels. With `ahead` its kernels are taken from what is compiled ahead."""
     lines = Lines(source)
     names = [{identifier(p.name): p.name for p in u.params} for u in units]
     units = tuple(_safe_names(u) for u in units)
@@ -50,13 +52,21 @@ def emit_files(source: SourceFile, units: tuple[Unit, ...], settings: Mapping[st
     return {
         "__init__.py": head + "\n" + _modules(units, names, lines, settings, tiles),
         "_torch.py": head + "\n" + _torch(units, lines, tiles),
-        "_kernels.py": head + "\n" + emit_kernels(units, lines, tiles) + (TAKE if ahead else ""),
+        "_kernels.py": head + "\n" + emit_kernels(units, lines, tiles, schedules or {}) + (TAKE if ahead else ""),
         **{f"_{name}.py": _copied(name) for name in ("checks", "elementwise", "functions", "runtime")},
         **({"_chunks.py": _copied("chunks")} if any(u.graph.of_kind(N.Segment) for u in units) else {}),
         **({"_attend.py": _copied("attend")} if any(u.graph.of_kind(N.Attend) for u in units) else {}),
         **({"_ahead.py": _copied("ahead", KERNELS)} if ahead else {}),
         **_shared(units, lines, head),
     }
+
+
+def tunable(source: SourceFile, units: tuple[Unit, ...]) -> dict[str, tuple[Schedule, ...]]:
+    """The schedules that each kernel may have, by its name in the package; the first is the one it has untuned."""
+    out: dict[str, tuple[Schedule, ...]] = {}
+    for form, kernels in scans_of(tuple(_safe_names(u) for u in units), Lines(source)):
+        out |= candidates(form, kernels)
+    return out
 
 
 def _shared(units: tuple[Unit, ...], lines: Lines, head: str) -> dict[str, str]:

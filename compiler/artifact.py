@@ -34,6 +34,7 @@ from chunkc.dsl.parser import tokens
 from chunkc.ir.axes import Number
 from chunkc.ir.diagnostics import CompileError, SourceFile, Span, error
 from chunkc.ir.graph import Unit
+from chunkc.ir.tuning import Schedule
 
 FORMAT = 1  # of the manifest
 CONTRACT = 1  # between an emitted package and the code that imports it
@@ -47,7 +48,8 @@ MODULES = frozenset(
 OF_FILE = {"_ahead.py": frozenset(("hashlib", "json", "pathlib", "sysconfig", "warnings"))}  # it reads what it verifies
 OF_OS = frozenset(("environ", "getenv"))
 FORBIDDEN_CALLS = frozenset(("eval", "exec", "compile", "__import__", "open"))
-Emitter = Callable[[SourceFile, tuple[Unit, ...], Mapping[str, Number]], Mapping[str, str]]
+Units = tuple[Unit, ...]
+Emitter = Callable[[SourceFile, Units, Mapping[str, Number], Mapping[str, Schedule]], Mapping[str, str]]
 Files = Mapping[str, str | bytes]  # of a package, by the path within it
 Compiler = Callable[[Mapping[str, str], Mapping[str, Number]], Mapping[str, bytes]]
 
@@ -139,6 +141,8 @@ def fingerprint(source: SourceFile, settings: Mapping[str, Number], ahead: Mappi
     parts: list[object] = [source.name, spelled, chosen, __version__, compiler_sha256(), FORMAT, CONTRACT]
     if ahead is not None:
         parts.append(sorted(ahead.items()))
+    if source.tuning is not None:
+        parts.append(source.tuning.text)
     return sha256(json.dumps(parts))
 
 
@@ -190,8 +194,8 @@ def pack(compiled: Compiled, emit: Emitter, settings: Mapping[str, Number], ahea
          compile_kernels: Compiler | None = None) -> dict[str, str | bytes]:  # fmt: skip
     """All files of the package by name, the manifest last; the same input is always the same text.
 
-    `emit` makes the Python files from the source, the units and the settings, `compile_kernels` what is compiled ahead
-    from these files and the settings; `ahead` says for what and by what.
+    `emit` makes the Python files from the source, the units, the settings and tuned schedules, `compile_kernels` what
+    is compiled ahead from these files and the settings; `ahead` says for what and by what.
 
     Raises:
         SettingError: if a setting does not fit the spec.
@@ -199,7 +203,7 @@ def pack(compiled: Compiled, emit: Emitter, settings: Mapping[str, Number], ahea
     """
     source = compiled.checked.source
     chosen = fit_settings(compiled.units, settings)
-    emitted = emit(source, compiled.units, chosen)
+    emitted = emit(source, compiled.units, chosen, {} if compiled.tuning is None else compiled.tuning.schedules())
     texts = {name: emitted[name] for name in sorted(emitted)}
     verify(texts)
     files: dict[str, str | bytes] = {**texts, **(compile_kernels(texts, chosen) if compile_kernels else {})}

@@ -10,11 +10,11 @@ from pathlib import Path
 from chunkc.ahead.run import Made, compile_ahead
 from chunkc.ahead.targets import Ahead
 from chunkc.artifact import differing, fingerprint, fit_settings, pack, package_name, publish
-from chunkc.backends.package import emit_files
+from chunkc.backends.package import emit_files, tunable
 from chunkc.cache import is_valid
 from chunkc.driver import Compiled, compile_source
 from chunkc.ir.axes import Number
-from chunkc.ir.diagnostics import Diagnostic, SourceFile
+from chunkc.ir.diagnostics import Diagnostic, SourceFile, Span
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ def build_source(source: SourceFile, out: Path, settings: Mapping[str, Number], 
     if ahead is not None:
         ahead.check(source)
     compiled = compile_source(source)
+    warnings = (*compiled.checked.warnings, *stale(compiled))
     folder = out / package_name(source.name)
     made: list[Made] = []
     if ahead is None or not ahead.ship:
@@ -48,14 +49,28 @@ def build_source(source: SourceFile, out: Path, settings: Mapping[str, Number], 
     else:
         record = ahead.record()
         if is_valid(folder, fingerprint(compiled.checked.source, settings, record)):
-            return Built(folder, warnings=compiled.checked.warnings)
+            return Built(folder, warnings=warnings)
         files = pack(compiled, partial(emit_files, ahead=True), settings, record, partial(_kept, made, compiled, ahead))
     if only_check:
-        return Built(folder, tuple(differing(files, folder)), compiled.checked.warnings)
+        return Built(folder, tuple(differing(files, folder)), warnings)
     publish(files, folder)
     said = [d for m in made for d in m.warnings(ahead, compiled)] if ahead is not None else []
     report = [line for m in made for line in m.report(ahead)] if ahead is not None else []
-    return Built(folder, (), (*compiled.checked.warnings, *said), tuple(report))
+    return Built(folder, (), (*warnings, *said), tuple(report))
+
+
+def stale(compiled: Compiled) -> list[Diagnostic]:
+    """A warning if tuning found schedules for kernels that the package does not have."""
+    source, tuning = compiled.checked.source, compiled.tuning
+    if tuning is None or source.tuning is None:
+        return []
+    strange = sorted(set(tuning.kernels) - set(tunable(source, compiled.units)))
+    if not strange:
+        return []
+    name = source.tuning.name
+    return [Diagnostic("stale-tuning", f"'{name}' has schedules of kernels that '{source.name}' has not",
+                       Span(name, 0, 0), severity="warning", notes=(f"they are {', '.join(strange)}",),
+                       hints=("chunkc tune finds those of the kernels that there are",))]  # fmt: skip
 
 
 def _kept(made: list[Made], compiled: Compiled, ahead: Ahead, texts: Mapping[str, str], settings: Mapping[str, Number]

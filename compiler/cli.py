@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,7 +61,7 @@ class Session:
         source = _stdin() if path == "-" else SourceFile.read(Path(path), name or path)
         with suppress(CompileError):  # what cannot be used is reported where the file is checked
             source = gather(source)
-        self.sources |= {s.name: s for s in (source, *source.used)}
+        self.sources |= {s.name: s for s in source.all()}
         return source
 
     @contextmanager
@@ -467,6 +467,34 @@ def bench(session: Session, /, file: Path, as_json: Path | None, png: Path | Non
     return max(failed, session.finish())
 
 
+# -- tune --------------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--unit", metavar="NAME", help="A layer or op of the file; by default its last one.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Fix a parameter; may be repeated.")
+@click.option("--shape", default="", metavar="AXIS=N,...", help="Sizes to tune for, as those of bench.")
+@click.option("--jobs", type=click.IntRange(1, 64), default=4, show_default=True,
+              help="How many trials are compiled and checked at once.")  # fmt: skip
+@click.option("--limit-seconds", type=click.FloatRange(0, min_open=True), default=600, show_default=True,
+              help="The time that each trial gets.")  # fmt: skip
+@_common
+@click.pass_obj
+def tune(session: Session, /, file: Path, **asked: Any) -> int:
+    """Measure schedules of a spec's kernels on the GPU at hand, and write what builds of it take from then on."""
+    from chunkc.driver import compile_source
+    from chunkc.tune.verb import run_verb
+
+    if str(file) == "-":
+        raise click.UsageError("what is found is written beside the file: tune does not read stdin")
+    with session.collecting():
+        compiled = compile_source(replace(session.read(str(file)), tuning=None))
+        session.found.extend(compiled.checked.warnings)
+        click.echo(run_verb(compiled, file, asked, session.talk))
+    return session.finish()
+
+
 # -- completion --------------------------------------------------------------------------------------------------------
 
 
@@ -506,37 +534,11 @@ def lsp() -> int:
 @_common
 def doctor(clean: bool) -> int:
     """Print versions, the GPU, and where the cache is and how much it holds."""
-    from chunkc import cache
+    from chunkc.doctor import rows
 
-    rows = [("chunkc", __version__), ("python", platform.python_version()), ("system", platform.platform())]
-    rows += [(name, _version(name)) for name in ("torch", "triton", "numpy", "lark", "pydantic", "networkx")]
-    rows += [("gpu", text) for text in _gpus()]
-    if clean:
-        rows.append(("removed", _count(cache.clean(), "package")))
-    used = cache.usage()
-    rows.append(("cache", f"{used.folder} ({_count(used.entries, 'package')}, {used.size / 1024:.0f} KiB)"))
-    for name, value in rows:
+    for name, value in rows(clean):
         click.echo(f"{name:9} {value}")
     return CLEAN
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _gpus() -> list[str]:
-    try:
-        import torch
-
-        if not torch.cuda.is_available():
-            return ["none that torch can use"]
-        props = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    except (ImportError, OSError, RuntimeError) as reason:
-        return [f"unknown: {str(reason).splitlines()[0]}"]
-    return [f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB" for p in props]
 
 
 # -- running -----------------------------------------------------------------------------------------------------------

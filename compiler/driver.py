@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from chunkc.dsl.check import Exports, check
 from chunkc.dsl.parser import parse, parse_partial
 from chunkc.dsl.tree import File, Use
 from chunkc.dsl.uses import gather, home
-from chunkc.ir.diagnostics import CompileError, Diagnostic, SourceFile
+from chunkc.ir.diagnostics import CompileError, Diagnostic, SourceFile, Span, error
 from chunkc.ir.graph import Module, Unit
 from chunkc.ir.nodes import Recur
+from chunkc.ir.tuning import Tuning
 from chunkc.pipeline import PASSES, Pass, run, upto
 from chunkc.sharding import refusals
 
@@ -26,15 +29,16 @@ class Checked:
 
     @property
     def sources(self) -> dict[str, SourceFile]:
-        return {s.name: s for s in (self.source, *self.source.used)}
+        return {s.name: s for s in self.source.all()}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A checked file and its units at the normal level, in the same order."""
+    """A checked file and its units at the normal level, in the same order; `tuning` is what lies beside the file."""
 
     checked: Checked
     units: tuple[Unit, ...]
+    tuning: Tuning | None = None
 
 
 def check_source(source: SourceFile) -> Checked:
@@ -94,14 +98,33 @@ def compile_source(source: SourceFile, passes: tuple[Pass, ...] = PASSES) -> Com
     """Check, then bring every unit to normal form, and its scans to whatever the passes derive from them.
 
     Raises:
-        CompileError: as `check_source`, or where a unit cannot be shared as its parallel layout demands.
+        CompileError: as `check_source`, or where a unit cannot be shared as its parallel layout demands; `bad-tuning`.
     """
-    checked = check_source(source)
+    checked, tuning = check_source(source), read_tuning(source)
     units = tuple(u.evolve(graph=run(u.graph, passes)) for u in checked.module.units)
     if refused := [d for u in units for d in refusals(u)]:
         raise CompileError(refused)
     found = [w for u in units for w in warnings_of(u)]
-    return Compiled(replace(checked, warnings=(*checked.warnings, *found)), units)
+    return Compiled(replace(checked, warnings=(*checked.warnings, *found)), units, tuning)
+
+
+def read_tuning(source: SourceFile) -> Tuning | None:
+    """What was found by tuning a file.
+
+    Raises:
+        CompileError: `bad-tuning` if what lies beside it is no tuning file.
+    """
+    if source.tuning is None:
+        return None
+    try:
+        return Tuning.model_validate_json(source.tuning.text)
+    except ValidationError as reason:
+        first = reason.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        why = f"{place}: {first['msg']}" if place else first["msg"]
+        name, hint = source.tuning.name, "chunkc tune writes it anew; without it kernels have the schedules of chunkc"
+        raise CompileError([error("bad-tuning", f"'{name}' is no tuning file", Span(name, 0, 0), notes=(why,),
+                                  hints=(hint,))]) from None  # fmt: skip
 
 
 def warnings_of(unit: Unit) -> list[Diagnostic]:

@@ -39,7 +39,8 @@ def facts(compiled: Compiled, mesh: Mapping[str, int] | None = None, at: At | No
     """
     source = compiled.checked.source
     semantic = compiled.checked.module.units
-    found = [_unit(source, before, after) for before, after in zip(semantic, compiled.units)]
+    found = [{**_unit(source, before, after), "tuning": _tuning(compiled, after)}
+             for before, after in zip(semantic, compiled.units)]  # fmt: skip
     for layout in (u["parallel"] for u in found if u["parallel"] and mesh is not None):
         _count_ranks(layout, (mesh or {}).get(layout["over"], 1))
     if at is not None:
@@ -87,6 +88,16 @@ def _unit(source: SourceFile, semantic: Unit, unit: Unit) -> dict[str, Any]:
         "parallel": None if unit.parallel is None else _parallel(source, unit),
         "least_bytes": {dtype: _cost_data(bytes_moved(graph, size)) for dtype, size in BYTES.items()},
     }  # fmt: skip
+
+
+def _tuning(compiled: Compiled, unit: Unit) -> dict[str, Any] | None:
+    """Where the schedules of a unit's kernels come from, if they were tuned."""
+    file, tuning = compiled.checked.source.tuning, compiled.tuning
+    if file is None or tuning is None or tuning.unit != unit.name:
+        return None
+    changed = sorted(name for name, row in tuning.kernels.items() if row.schedule != row.default)
+    return {"file": file.name, "device": tuning.device, "shape": tuning.shape, "kernels": len(tuning.kernels),
+            "changed": changed}  # fmt: skip
 
 
 def _tensor(source: SourceFile, graph: Graph, name: str, node: N.AnyNode) -> dict[str, Any]:
@@ -386,6 +397,10 @@ def render_facts(found: list[dict[str, Any]]) -> str:
             out += _render_attention(a, bool(unit["whole_because"]))
         if unit["parallel"]:
             out += _render_parallel(unit["parallel"])
+        if tuned := unit["tuning"]:
+            at = ", ".join(f"{name}={n}" for name, n in tuned["shape"].items())
+            share = f"{len(tuned['changed'])} of {tuned['kernels']}"
+            out.append(f"  tuned on {tuned['device']} at {at}: {share} schedules are others  ({tuned['file']})")
         if aside := unit["schedule"]["set_aside"]:
             out.append(f"  the schedule here governs, and that of {', '.join(aside)} is set aside")
         out.append(f"  a token takes {_cost_text(unit['operations'])} operations")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+SPEC, TUNING = ".spec", ".tuning.json"
 MAX_BYTES = 1 << 20
 
 
@@ -27,16 +28,17 @@ class Span:
 @dataclass(frozen=True)
 class SourceFile:
     """A file's text under the name that diagnostics show; `used` are the files that it uses, themselves or through
-    others, those first that others need."""
+    others, those first that others need; `tuning` lies beside it, as `gla.tuning.json` beside `gla.spec`."""
 
     name: str
     text: str
     path: Path | None = None
     used: tuple[SourceFile, ...] = ()
+    tuning: SourceFile | None = None
 
     @staticmethod
     def read(path: Path, name: str | None = None) -> SourceFile:
-        """Read UTF-8 text.
+        """Read UTF-8 text, and the tuning file beside it if there is one.
 
         Raises:
             CompileError: `cannot-read` if the file is missing, no file, or not UTF-8; `too-large` above 1 MiB.
@@ -48,13 +50,21 @@ class SourceFile:
                 raise CompileError([error("cannot-read", f"there is no file '{shown}'", span)])
             if path.stat().st_size > MAX_BYTES:
                 raise CompileError([error("too-large", f"'{shown}' is over 1 MiB", span)])
-            return SourceFile(shown, path.read_bytes().decode("utf-8"), path)
+            text, beside = path.read_bytes().decode("utf-8"), path.with_suffix(TUNING)
+            tuning = None
+            if path.suffix == SPEC and beside.is_file():
+                tuning = SourceFile.read(beside, shown.removesuffix(SPEC) + TUNING)
+            return SourceFile(shown, text, path, tuning=tuning)
         except OSError as reason:
             raise CompileError(
                 [error("cannot-read", f"cannot read '{shown}': {reason.strerror or reason}", span)]
             ) from None
         except (UnicodeDecodeError, ValueError):
             raise CompileError([error("cannot-read", f"'{shown}' is not UTF-8 text", span)]) from None
+
+    def all(self) -> tuple[SourceFile, ...]:
+        """Itself, what it uses, and what lies beside it."""
+        return (self, *self.used, *(() if self.tuning is None else (self.tuning,)))
 
     def of(self, file: str) -> SourceFile:
         """The file of this name: itself, or one that it uses."""

@@ -71,7 +71,7 @@ def emit_by(monkeypatch: pytest.MonkeyPatch, emit: Callable[..., object]) -> Non
 def backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """A back end that writes down what it was given."""
 
-    def emit_files(source: SourceFile, units: tuple[object, ...], settings: dict[str, object]) -> dict[str, str]:
+    def emit_files(source: SourceFile, units: object, settings: object, schedules: object) -> dict[str, str]:
         return {"__init__.py": f"GIVEN = {source.name!r}, {len(units)}, {settings!r}\n"}
 
     emit_by(monkeypatch, emit_files)
@@ -519,7 +519,7 @@ def test_sigint_leaves_the_old_package(place: Path, when: int) -> None:
         "import os, sys, time, types\n"
         "from chunkc import cli\n"
         "package = types.ModuleType('chunkc.backends.package')\n"
-        "package.emit_files = lambda source, units, settings: {'__init__.py': f'N = {settings!r}\\n'}\n"
+        "package.emit_files = lambda source, units, settings, schedules: {'__init__.py': f'N = {settings!r}\\n'}\n"
         "sys.modules['chunkc.backends.package'] = package\n"
         "real, calls = os.fsync, []\n"
         "def stop(handle):\n"

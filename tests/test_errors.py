@@ -18,12 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {p.stem: p.read_text(encoding="utf-8") for p in sorted((ROOT / "docs" / "errors").glob("*.md"))}
 CODE = re.compile(r"[a-z]+(-[a-z]+)*")
 # what causes these is outside the text: the file itself, or what a build is asked for
-NO_TEXT = {"cannot-read", "unknown-target", "open-parameter", "no-compiler", "cannot-compile", "kernel-too-large"}
+NO_TEXT = {"cannot-read", "unknown-target", "open-parameter", "no-compiler", "cannot-compile", "kernel-too-large",
+           "bad-tuning", "stale-tuning"}  # fmt: skip
 IN_TEXT = sorted(PAGES.keys() - NO_TEXT)
 BUILD = {
     "gate-may-grow",
     "not-sharded",
     "kernel-too-large",
+    "bad-tuning",
+    "stale-tuning",
 }  # found when a layer is brought to its normal form, or compiled
 
 

@@ -38,6 +38,7 @@ import chunkc
 from chunkc import cli
 from chunkc.ahead.targets import TARGETS
 from chunkc.ir import nodes as N
+from chunkc.ir.tuning import Tuning
 
 __all__ = ["built"]
 pytestmark = [
@@ -59,7 +60,7 @@ def test_packed_and_resumed(built, name, dtype):  # type: ignore[no-untyped-def]
     check(errors(module, unit, case), allowed(name, dtype))
 
 
-MATRIX = [n for n in cases.OPS if n not in ("vector", "max_plus", "delta")]
+MATRIX = [n for n in cases.OPS if n not in ("vector", "two_vectors", "max_plus", "delta")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,15 +80,14 @@ def test_a_sequence_cut_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, n
                               dtype: torch.dtype) -> None:  # fmt: skip
     """What a schedule's prefix_invariant demands, and `explain` says of every kernel."""
     text = cases.OPS[name].replace("  axes {", "  schedule { prefix_invariant = true }\n  axes {", 1)
-    module, (unit,), _ = emit(text, tmp_path, f"{name}.spec")
+    module, (unit,), (normal,) = emit(text, tmp_path, f"{name}.spec")
     kernels = importlib.import_module(f"{module.__name__}._kernels")
     monkeypatch.setattr(kernels, "CUT", segment, raising=False)  # elementwise scans have none
     settings = {**SETTINGS, "heads": 3, "dk": 96, "dv": 128}
     case = Case(settings, [300, 300], dtype=dtype, values=gates(unit, cases.mixed), device="cuda")
-    lengths = (64, 65, 130, 299) if unit.graph.of_kind(N.Reduce) else (2, 64, 65, 130, 299)
-    assert not differs_when_cut(
-        module, unit, case, lengths
-    )  # sums outside are PyTorch's: few have an order of their own
+    # Sums that normal form has outside of recurrences are PyTorch's: few have an order of their own.
+    lengths = (64, 65, 130, 299) if normal.graph.of_kind(N.Reduce) else (2, 64, 65, 130, 299)
+    assert not differs_when_cut(module, unit, case, lengths)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -268,6 +268,20 @@ def test_bench(name, tmp_path):  # type: ignore[no-untyped-def]
     for row in own:
         assert row["reason"] is None and row["error"] < 0.05
         assert row["forward_ms"] > 0 and row["both_ms"] > 0 and row["peak_mib"] > 0
+
+
+def test_tune(tmp_path, capsys):  # type: ignore[no-untyped-def]
+    """Processes and all, at small sizes: what is written is right, and what is built has it."""
+    path = tmp_path / "gated_linear_attention.spec"
+    path.write_text((SPECS / path.name).read_text())
+    assert cli.run(["tune", str(path), "--shape", "B=2,T=256,K=64"]) == 0
+    assert "dropped" not in capsys.readouterr().out
+    tuning = Tuning.model_validate_json(path.with_suffix(".tuning.json").read_text())
+    assert {"S_states_narrow", "S_read_j_start", "S_read_j", "S_ends_narrow", "S_grad_i", "S_grad_j"} < set(
+        tuning.kernels
+    )
+    module = importlib.import_module(f"{chunkc.load(path).__name__}._kernels")
+    assert tuning.schedules().items() <= module.SCHEDULES.items()
 
 
 @pytest.mark.parametrize("name", [*INSIDE, "rat"])

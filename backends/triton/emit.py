@@ -19,7 +19,7 @@ from chunkc.backends.triton.packing import emit_tables
 from chunkc.backends.triton.pairs import NoKernel
 from chunkc.backends.triton.schedule import WALKS, join_kernel, pass_kernel
 from chunkc.backends.triton.side import SidePlan
-from chunkc.backends.triton.tables import CUT, IDLE, JOINED, NARROW, SAFE, default_schedule
+from chunkc.backends.triton.tables import emit_schedules
 from chunkc.backends.triton.token import call_kernel, emit_call, emit_step, step_kernel
 from chunkc.backends.triton.verify import verify_kernel
 from chunkc.backends.triton.walks import emit_vector
@@ -30,6 +30,7 @@ from chunkc.ir import tiles as T
 from chunkc.ir.diagnostics import SourceFile
 from chunkc.ir.graph import Unit
 from chunkc.ir.nodes import Input
+from chunkc.ir.tuning import Schedule
 
 
 def launches(form: ScanForm) -> tuple[list[T.Kernel], list[T.Kernel], list[T.Kernel]]:
@@ -130,8 +131,16 @@ def attention_of(unit: Unit, node: N.Attend, name: str, lines: Lines) -> Kernels
     return kernels
 
 
-def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapping[str, list[Tile]]]) -> str:
-    """`_kernels.py` of a package; `tiles` are the functions of each unit's attentions."""
+def scans_of(units: tuple[Unit, ...], lines: Lines) -> list[tuple[ScanForm, dict[str, Kernel]]]:
+    """The scans of matrices, and their kernels by role."""
+    found = [(u, scan_form(u, s, prefix_of(u, units))) for u in units for s in u.graph.of_kind(N.Scan) if s.i or s.j]
+    return [(form, kernels_of(form, lines, spans_of(unit, lines))) for unit, form in found]
+
+
+def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapping[str, list[Tile]]],
+                 schedules: Mapping[str, Schedule]) -> str:  # fmt: skip
+    """`_kernels.py` of a package; `tiles` are the functions of each unit's attentions, `schedules` those that differ
+    from what kernels have untuned."""
     w = Writer()
     attends = [(u, n) for u in units for n in u.graph.of_kind(N.Attend)]
     scans = [(u, s) for u in units for s in u.graph.of_kind(N.Scan)]
@@ -165,15 +174,14 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
     w()
     w()
     _settings(w)
-    forms = [(u, scan_form(u, s, prefix_of(u, units))) for u, s in scans if s.i or s.j]
+    made = scans_of(units, lines)
     if scans:
-        emit_tables(w, matrices=bool(forms))
+        emit_tables(w, matrices=bool(made))
     if elementwise:
         emit_vector([f for u in units for f in vector_forms(u, prefix_of(u, units))], lines, w)
-    made = [(form, kernels_of(form, lines, spans_of(unit, lines))) for unit, form in forms]
     if made:
         _helpers([form for form, _ in made], w)
-        _schedules(made, w)
+        emit_schedules(made, schedules, w)
         _join(w)
     for form, kernels in made:
         _scan(form, kernels, lines, w)
@@ -248,22 +256,25 @@ def _settings(w: Writer) -> None:
             w(f'return {{"DOT": tl.float32, "PRECISION": "ieee", "PARTS": 0, "LIMIT": {LIMIT}}}')
         with w.indented("if given == torch.float16:  # the range of float16 is too small for states and scores"):
             w('precision = "ieee" if torch.version.hip else "tf32"')
-            w(f'return {{"DOT": tl.float32, "PRECISION": precision, "PARTS": 2, "LIMIT": {LIMIT}}}')
+            w(f'return {{"DOT": tl.float32, "PRECISION": precision, "PARTS": 3, "LIMIT": {LIMIT}}}')
         w(f'return {{"DOT": tl.bfloat16, "PRECISION": "ieee", "PARTS": 2, "LIMIT": {LIMIT}}}')
     w()
     w()
     w("@triton.jit")
     with w.indented("def masked_sum(mask, x, PARTS: tl.constexpr):"):
-        w('"""For each row, the sum of the rows of x that its mask names; in parts, to 8 or 16 bits of a summand."""')
+        w('"""For each row, the sum of the rows of x that its mask names; in parts, to 8, 16 or 24 bits of each."""')
         with w.indented("if PARTS == 0:"):
             w('total = tl.dot(mask.to(tl.float32), x, input_precision="ieee")')
         with w.indented("else:"):
             w("ones = tl.where(mask, 1.0, 0.0).to(tl.bfloat16)")
             w("high = x.to(tl.bfloat16)")
             w("total = tl.dot(ones, high)")
-            with w.indented("if PARTS == 2:"):
-                w("low = (x - high.to(tl.float32)).to(tl.bfloat16)")
+            with w.indented("if PARTS > 1:"):
+                w("rest = x - high.to(tl.float32)")
+                w("low = rest.to(tl.bfloat16)")
                 w("total = tl.dot(ones, low, total)")
+                with w.indented("if PARTS > 2:"):
+                    w("total = tl.dot(ones, (rest - low.to(tl.float32)).to(tl.bfloat16), total)")
         w("return total")
     w()
     w()
@@ -319,47 +330,6 @@ def _helpers(forms: list[ScanForm], w: Writer) -> None:
                     for line in lines:
                         w(line)
             w("return found")
-
-
-def _schedules(made: list[tuple[ScanForm, dict[str, Kernel]]], w: Writer) -> None:
-    """A table of the kernels' schedules, and how one becomes the options of a launch."""
-    tiled = [(form, role, k) for form, kernels in made for role, k in kernels.items() if role != "token"]
-    w()
-    w()
-    w("# Columns of the sides i and j that a program takes, warps, stages; SAFE in float32, and on AMD GPUs.")
-    w(f"SAFE = {SAFE}")
-    w(f"IDLE = {IDLE}  # programs that leave a GPU idle: then walks over tiles have narrower blocks, and so more;")
-    w(f"CUT = {CUT}  # and if these leave it idle, too, each walks over a segment of so many tokens")
-    w(f"JOINED = {JOINED}  # numbers of a state that a program takes along segments")
-    with w.indented("SCHEDULES: dict[str, tuple[int, int, int, int]] = {"):
-        for form, role, kernel in tiled:
-            w(f'"{kernel.name}": {default_schedule(form, role)},')
-    w("}")
-    w()
-    w()
-    with w.indented("def programs(walks: int, I: int, J: int, i: int = BLOCK, j: int = BLOCK) -> int:"):
-        w('"""How many programs walks over tiles have, with blocks of i and j columns."""')
-        w("return walks * cdiv(I, i) * cdiv(J, j)")
-    w()
-    w()
-    taken = "kernel: str, I: int, J: int, types: dict[str, Any], walks: int = 0"
-    with w.indented(f"def schedule({taken}) -> dict[str, int]:"):
-        w('"""Blocks, warps and stages of a kernel; a block is no wider than its side needs.')
-        w()
-        w('`walks`: how many walks over tiles there are, for a kernel whose programs each take a part of one."""')
-        w('exact = types["DOT"] == tl.float32 or torch.version.hip is not None')
-        w("i, j, warps, stages = SAFE if exact else SCHEDULES[kernel]")
-        w("if not exact and 0 < programs(walks, I, J, i, j) < IDLE:")
-        w(f"    i, j, warps, stages = {NARROW}")
-        w("i, j = min(i, max(BLOCK, power_of_two(I))), min(j, max(BLOCK, power_of_two(J)))")
-        w("if not exact:  # as many warps as a block has work for")
-        w("    warps = min(warps, 4 * cdiv(i * j, 128 * BLOCK))")
-        w('return {"BI": i, "BJ": j, "num_warps": warps, "num_stages": stages}')
-    w()
-    w()
-    with w.indented("def gate_parts(types: dict[str, Any], *gates: Tensor) -> int:"):
-        w('"""In how many parts gates are summed: one, if they are stored in bfloat16."""')
-        w('return min(types["PARTS"], 1 if all(g.dtype == torch.bfloat16 for g in gates) else 2)')
 
 
 def _join(w: Writer) -> None:

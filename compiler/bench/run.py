@@ -58,17 +58,11 @@ def bench(compiled: Compiled, path: Path, options: Options, talk: Talk) -> dict[
         BenchError: if something cannot be timed as asked.
     """
     device = _device(options.device)
-    dtype = options.dtype or ("bf16" if device == "cuda" else "fp32")
     wanted = _wanted(options.against)
-    unit = _unit(compiled, options.unit)
+    unit = unit_of(compiled, options.unit)
     parts = parts_of(compiled, unit)
-    roles = next((r for p in parts if (r := roles_of(p.unit.graph)) is not None), None)
-    try:
-        sizes = resolve(unit, roles, options.settings or {}, options.shape or {}, device)
-    except SettingError as reason:
-        raise BenchError(str(reason)) from None
-    base = {"file": str(path.resolve()), "unit": unit.name, "settings": dict(sizes.settings), "dtype": dtype,
-            "lengths": dict(sizes.lengths), "batch": sizes.batch, "device": device, "seed": SEED}  # fmt: skip
+    sizes, base = asked(unit, parts, path, options, device)
+    dtype = base["dtype"]
     talk("measuring what a copy and a matrix product reach")
     rates = attempt({**base, "candidate": "rates"}, options.limit_seconds)
     if "rate" not in rates:
@@ -78,10 +72,26 @@ def bench(compiled: Compiled, path: Path, options: Options, talk: Talk) -> dict[
         own = {**base, "part": index}
         found.append(_part(part, sizes, own, wanted, rates, options.limit_seconds, talk))
     return {
-        "schema": SCHEMA, "spec": path.name, "unit": unit.name, "device": _device_name(device), "dtype": dtype,
+        "schema": SCHEMA, "spec": path.name, "unit": unit.name, "device": device_name(device), "dtype": dtype,
         "seed": SEED, "settings": dict(sizes.settings), "shape": sizes.named(unit), "versions": versions(),
         "copy_bytes_per_s": rates["bandwidth"], "product_operations_per_s": rates["rate"], "parts": found,
     }  # fmt: skip
+
+
+def asked(unit: Unit, parts: Sequence[Part], path: Path, options: Options, device: str) -> tuple[Sizes, dict[str, Any]]:
+    """The sizes of what is timed, and what each process is told of it.
+
+    Raises:
+        BenchError: if there are no such sizes.
+    """
+    dtype = options.dtype or ("bf16" if device == "cuda" else "fp32")
+    roles = next((r for p in parts if (r := roles_of(p.unit.graph)) is not None), None)
+    try:
+        sizes = resolve(unit, roles, options.settings or {}, options.shape or {}, device)
+    except SettingError as reason:
+        raise BenchError(str(reason)) from None
+    return sizes, {"file": str(path.resolve()), "unit": unit.name, "settings": dict(sizes.settings), "dtype": dtype,
+                   "lengths": dict(sizes.lengths), "batch": sizes.batch, "device": device, "seed": SEED}  # fmt: skip
 
 
 def _device(asked: str | None) -> str:
@@ -91,7 +101,7 @@ def _device(asked: str | None) -> str:
     return asked or ("cuda" if there else "cpu")
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
@@ -108,7 +118,7 @@ def _wanted(against: str) -> set[str] | None:
     return names
 
 
-def _unit(compiled: Compiled, name: str | None) -> Unit:
+def unit_of(compiled: Compiled, name: str | None) -> Unit:
     """The unit of this name, or the file's last one."""
     units = compiled.checked.module.units
     found = [u for u in units if name in (None, u.name)]

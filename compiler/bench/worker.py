@@ -64,11 +64,13 @@ def request_part(request: Mapping[str, Any]) -> Part:
 class Emitted:
     """The package that chunkc emits for a part."""
 
-    def __init__(self, request: Mapping[str, Any], folder: Path) -> None:
+    def __init__(self, request: Mapping[str, Any], folder: Path, built: bool = False) -> None:
+        """`built`: the folder holds it already, perhaps with the file's other units."""
         self.part, self.folder = request_part(request), folder
         self.unit = self.part.unit
         self.seed, self.device, self.dtype = request["seed"], request["device"], DTYPES[request["dtype"]]
-        replace_folder(pack(self.part.compiled, emit_files, {}), folder)
+        if not built:
+            replace_folder(pack(self.part.compiled, emit_files, {}), folder)
         self.layer: torch.nn.Module | None = None
 
     def prepare(self) -> None:

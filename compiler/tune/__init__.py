@@ -1,0 +1,1 @@
+"""`chunkc tune`: the schedules that kernels are fastest with on the GPU at hand."""

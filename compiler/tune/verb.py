@@ -1,0 +1,52 @@
+"""The verb: options as typed to a file beside the spec, and what is printed of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from chunkc.artifact import SettingError, read_setting
+from chunkc.bench.run import Options, Talk
+from chunkc.bench.sizes import BenchError, read_shape
+from chunkc.driver import Compiled
+from chunkc.ir.diagnostics import TUNING
+from chunkc.ir.tuning import Schedule
+from chunkc.tune.run import Found, tune
+
+
+def run_verb(compiled: Compiled, file: Path, asked: Mapping[str, Any], talk: Talk) -> Path:
+    """Tune, print a table, and write the file that builds of this spec take schedules from; its path."""
+    try:
+        options = Options(unit=asked["unit"], settings=dict(map(read_setting, asked["settings"])),
+                          shape=read_shape(asked["shape"]), limit_seconds=asked["limit_seconds"])  # fmt: skip
+        found = tune(compiled, file, options, asked["jobs"], talk)
+    except (BenchError, SettingError) as reason:
+        raise click.UsageError(str(reason)) from None
+    for line in table(found):
+        click.echo(line)
+    path = file.with_suffix(TUNING)
+    path.write_text(found.tuning.text(), encoding="utf-8")
+    return path
+
+
+def table(found: Found) -> list[str]:
+    """A line for each kernel, and for what was dropped; the whole times last."""
+    rows = found.tuning.kernels
+    width = max(len(name) for name in rows)
+    out = [f"{found.tuning.device}, {', '.join(f'{k}={v}' for k, v in found.tuning.shape.items())}, bf16"]
+    for name, row in rows.items():
+        line = f"  {name:{width}}  {shown(row.default)} {row.default_ms:7.3f} ms"
+        out.append(f"{line}  ->  {shown(row.schedule)} {row.ms:7.3f} ms" if row.schedule != row.default else line)
+    out += [f"  dropped: {d.kernel} {shown(d.schedule).strip()}: {d.reason}" for d in found.dropped]
+    for way, before, after in zip(("forward", "with backward"), found.before, found.after):
+        out.append(f"  {way:{width}}  {before:.3f} ms untuned, {after:.3f} ms tuned")
+    return out
+
+
+def shown(schedule: Schedule) -> str:
+    """As `64 x 128, 4 warps, 3 stages`."""
+    i, j, warps, stages = schedule
+    return f"{f'{i} x {j}':>9}, {warps} warps, {stages} stages"
