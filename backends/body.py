@@ -284,7 +284,11 @@ class Body(Loops):
     def along(self, node: N.Scan) -> tuple[str, str]:
         """The sequences that a scan runs over, and their home."""
         home = self.graph.axis[node.axis].space
-        return (f"{self.chunks(node.within)}.inner" if node.within else self.seq(home)), home
+        return (f"{self.chunks(node.within)}.spans" if node.within else self.seq(home)), home
+
+    def over_spans(self, node: N.Scan, text: str) -> str:
+        """An operand [B, T, H, D] as the sequences that a scan runs over have it."""
+        return f"{self.chunks(node.within)}.laid({text})" if node.within else text
 
     def own_scan(self, form: VectorForm) -> None:
         """A call of the entry point of scans that have kernels of their own."""
@@ -292,11 +296,15 @@ class Body(Loops):
         axes = form.scans[0].batch
         for scan in form.scans:
             self.w(f"# {scan.name}: {self.lines.code(scan.span)}")
-        full = f"({', '.join([f'{seq}.rows', f'{seq}.tokens', *axes])})"
+        whole = self.seq(home)
+        full = f"({', '.join([f'{whole}.rows', f'{whole}.tokens', *axes])})"
         size = f"1, math.prod(({''.join(a + ', ' for a in axes)}))"
         readers = [next(s for s in form.scans if s.prologue and x in s.prologue.leaves) for x in form.leaves]
-        leaves = [f"lay({self.operand(x, s, axes, home, '')}, {full}, 0)" for x, s in zip(form.leaves, readers)]
+        leaves = [self.over_spans(s, f"lay({self.operand(x, s, axes, home, '')}, {full}, 0)")
+                  for x, s in zip(form.leaves, readers)]  # fmt: skip
         starts = [f"{self.state_in(s, axes)}.reshape({seq}.count, {size})" for s in form.scans]
+        if all(s.name in self.optional for s in form.scans):
+            starts = [f"None if {state_name(s.name)} is None else {x}" for s, x in zip(form.scans, starts)]
         reads = [self.read_of(s) for s in form.scans]
         states = [identifier(s.name) for s in form.scans]
         befores = [self.fresh(s if form.after else f"{s}_before") for s in states]
@@ -316,25 +324,29 @@ class Body(Loops):
 
     def vector_out(self, node: N.Scan, axes: tuple[str, ...], read: str, before: str, last: str, start: str) -> None:
         """What follows the call of an elementwise scan: its results as the graph has them, and the state after it."""
-        seq, _ = self.along(node)
+        seq, home = self.along(node)
         if node.stop:
             self.w(f"{before}, {last} = stopped({seq}, {before}, {last}, {start})")
         if read:
-            self.w(f"{before} = {before}.reshape({', '.join([f'{seq}.rows', f'{seq}.tokens', *axes])})")
+            whole = self.seq(home)
+            self.w(f"{before} = {before}.reshape({', '.join([f'{whole}.rows', f'{whole}.tokens', *axes])})")
             self.names[read] = before
-        self.scan_out(node, f"{last}.reshape({', '.join([f'{seq}.count', *axes])})", axes, self.outs(node).get(1))
+        absent = f"None if {last} is None else " if node.name in self.optional else ""
+        final = f"{last}.reshape({', '.join([f'{seq}.count', *axes])})"
+        self.scan_out(node, final, axes, self.outs(node).get(1), absent)
 
     def vector_scan(self, node: N.Scan, axes: tuple[str, ...], initial: str) -> None:
         seq, home = self.along(node)
         state = identifier(node.name)
-        full = f"({seq}.rows, {seq}.tokens, {', '.join(axes)})" if axes else f"({seq}.rows, {seq}.tokens)"
+        whole = self.seq(home)
+        full = f"({whole}.rows, {whole}.tokens, {', '.join(axes)})" if axes else f"({whole}.rows, {whole}.tokens)"
         gate = self.operand(node.gates[0].arg if node.gates else None, node, axes, home, "1.0")
         add = self.operand(node.add, node, axes, home, "0.0")
         kind = "max_plus_scan" if node.algebra == "max-plus" else "vector_scan"
         read = self.read_of(node)
         before, last = self.fresh(state if node.id in self.updates else f"{state}_before"), self.fresh(f"{state}_last")
         size = f"1, math.prod(({''.join(a + ', ' for a in axes)}))"
-        call = [f"lay({gate}, {full}, 0)", f"lay({add}, {full}, 0)"]
+        call = [self.over_spans(node, f"lay({x}, {full}, 0)") for x in (gate, add)]
         if node.id in self.operations:
             start = self.enter(node, initial, size, call, ["gate", "add"])
         else:
@@ -383,13 +395,14 @@ class Body(Loops):
 
     def matrix_scan(self, node: N.Scan, form: ScanForm, initial: str) -> None:
         seq, home = self.along(node)
-        outs, heads = self.outs(node), len(node.batch)
+        outs, heads, whole = self.outs(node), len(node.batch), self.seq(home)
         call: list[str] = []
         for o in form.operands():
             side = node.i if o.side == "i" else node.j
             text = self.operand(o.node, node, (*node.batch, *side), home, "")
             dims = [*node.batch, *(["1"] * len(side) if o.thin else side)]
-            call.append(f"lay({text}, ({seq}.rows, {seq}.tokens, {', '.join(dims)}), {heads})")
+            laid = f"lay({text}, ({whole}.rows, {whole}.tokens, {', '.join(dims)}), {heads})"
+            call.append(self.over_spans(node, laid))
         size = ", ".join(f"math.prod(({''.join(a + ', ' for a in side)}))" for side in (node.batch, node.i, node.j))
         single = all(len(axes) == 1 for axes in (node.batch, node.i, node.j))  # laid out as the scan has it
         start = initial if single else f"{initial}.reshape(({seq}.count, {size}))"
@@ -409,8 +422,8 @@ class Body(Loops):
         for index, (q, name) in enumerate(zip(form.queries, results)):
             if index in outs:
                 kept = node.j if q.side == "i" else node.i
-                if not single:
-                    full = ", ".join([f"{seq}.rows", f"{seq}.tokens", *node.batch, *kept])
+                if not single or node.within:
+                    full = ", ".join([f"{whole}.rows", f"{whole}.tokens", *node.batch, *kept])
                     self.w(f"{name} = {name}.reshape({full})")
                 self.names[scaled[index][0].id if index in scaled else outs[index].id] = name
         axes = (*node.batch, *node.i, *node.j)
@@ -448,15 +461,17 @@ class Body(Loops):
 
 
 def optional_states(unit: Unit) -> frozenset[str]:
-    """The matrix scans that start at zero, and whose last state is for the caller alone: where no state is given and
-    none is asked for, neither is made."""
+    """The scans that start at zero, and whose last state is for the caller alone: where no state is given and none is
+    asked for, neither is made. Of matrices those that run over whole sequences."""
     users, outputs = unit.graph.users(), {id_ for _, id_ in unit.graph.outputs}
 
     def alone(scan: N.Scan) -> bool:
-        last = [u for u in users[scan.id] if isinstance(u, N.Out) and u.index == len(scan.queries)]
-        return scan.initial is None and scan.within is None and not any(users[u.id] or u.id in outputs for u in last)
+        last = [u for u in users[scan.id] if isinstance(u, N.Out) and u.index == (len(scan.queries) or 1)]
+        return scan.initial is None and not any(users[u.id] or u.id in outputs for u in last)
 
-    return frozenset(s.name for s in matrix_scans(unit.graph) if unit.parallel is None and alone(s))
+    matrices = [s for s in matrix_scans(unit.graph) if s.within is None]
+    vectors = [s for form in vector_forms(unit) if all(alone(s) and not s.stop for s in form.scans) for s in form.scans]
+    return frozenset(s.name for s in (*matrices, *vectors) if unit.parallel is None and alone(s))
 
 
 def matrix_scans(graph: Graph) -> list[N.Scan]:

@@ -566,13 +566,12 @@ class UnitEmitter:
             )
             finals.append(f"{length} if {start} is None else {start} + {length}")
         made = finals[0] if len(finals) == 1 else f"{state}({', '.join(finals)})"
+        asked = f"{made} if output_final_state else None"
         if self.in_place:
-            w(f"final = {made}")
             with w.indented("if in_place:"):
-                w("overwrite(initial_state, final)")
-                w("final = initial_state")
-            made = "final"
-        w(f"return {', '.join(names)}, {made} if output_final_state else None")
+                w(f"overwrite(initial_state, {made})")
+                w(f"return {', '.join(names)}, initial_state if output_final_state else None")
+        w(f"return {', '.join(names)}, {asked}")
 
     def inferred(self) -> dict[str, str]:
         """Parameters without a default that are an input's size: where to read them."""

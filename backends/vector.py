@@ -54,16 +54,18 @@ class VectorForm:
 
     def function(self, w: Writer) -> AbstractContextManager[None]:
         """The head of `NAME_scan`, which both back ends have; its statements are written inside."""
-        tensors = [f"{n}: Tensor" for n in (*self.leaves.values(), *self.names("initial"))]
+        tensors = [f"{n}: Tensor" for n in self.leaves.values()]
+        tensors += [f"{n}: Tensor | None" for n in self.names("initial")]
         numbers = [f"{n}: float" for n in self.numbers.values()]
         w(f"def {self.name}_scan(")
         w(f"    seq: Sequences, {', '.join([*tensors, 'dtype: torch.dtype', *numbers])},")
-        return w.indented(") -> tuple[Tensor, ...]:")
+        return w.indented(") -> tuple[Tensor | None, ...]:")
 
     def doc(self, lines: Lines) -> str:
         states, when = ", ".join(s.name for s in self.scans), "after" if self.after else "before"
         place = lines.place(self.scans[0].span)
-        return f"{states} {when} each token [B, T, H, D], and the last [N, H, D] ({place}); operands are made here."
+        made = f"({place}); operands are made here. From zero, and without a last one, if none is given."
+        return f"{states} {when} each token [B, T, H, D], and the last [N, H, D] {made}"
 
     def number(self, node: N.Const) -> str:
         """A number's text, or the name of one that depends on parameters."""

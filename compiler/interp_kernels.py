@@ -178,6 +178,10 @@ class Launch:
             return args[0]
         if e.op in ("walk", "walk_max"):
             return walk(args[0], args[1], args[2], e.op == "walk_max")
+        if e.op == "walk_back":
+            return walk_back(args[0], args[1], args[2], bool(args[4]))
+        if e.op == "passed":
+            return args[0][-1] * args[1][-1] + (0 if args[5] else args[2][-1])
         if e.op == "masked_sum":
             return args[0].to(self.dtype) @ args[1]
         if e.op in PLACES:
@@ -195,4 +199,14 @@ def walk(a: Tensor, b: Tensor, state: Tensor, tropical: bool) -> Tensor:
     for decay, added in zip(a, b):
         state = torch.maximum(decay + state, added) if tropical else decay * state + added
         rows.append(state)
+    return torch.stack(rows)
+
+
+def walk_back(a: Tensor, g: Tensor, state: Tensor, after: bool) -> Tensor:
+    """The gradient of h after each token, from the last to the first: `state` is that of h before the token behind it;
+    g are those of h after each token, or before it."""
+    rows = []
+    for decay, read in zip(a, g):
+        rows.append(state + read if after else state)
+        state = decay * rows[-1] + (0 if after else read)
     return torch.stack(rows)

@@ -483,13 +483,14 @@ class Walk:
     def launch(self, kernel: Kernel, given: dict[str, Tensor], **numbers: float) -> dict[str, Tensor]:
         """Memory by name after a launch; what nobody writes is NaN. `numbers`: of parameters."""
         given = {"bounds": self.ends, **given}
-        names = [x.removesuffix("_ptr") for x in kernel.arguments]
+        names = [x.removesuffix("_ptr") for x in kernel.arguments if x != "tokens"]
         rows = given["bounds"].numel() - 1
         states = ("last", "decay", "total", "d_initial")
         shapes = {n: (rows if n.startswith(states) else sum(LENGTHS), self.size) for n in names}
         memory = {n: given[n] if n in given else torch.full(shapes[n], float("nan")).double() for n in names}
         constants = {"D": self.size, "C": C, "BD": 4, "AFTER": self.after, **numbers}
-        Launch(kernel, (rows, -(-self.size // 4)), {f"{n}_ptr": x.view(-1) for n, x in memory.items()}, constants).run()
+        pointers: dict[str, Any] = {f"{n}_ptr": x.view(-1) for n, x in memory.items()}
+        Launch(kernel, (rows, -(-self.size // 4)), {**pointers, "tokens": 0}, constants).run()
         return memory
 
     def loop(self, a: Tensor, b: Tensor, initial: Tensor, tropical: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,13 +32,29 @@ class Chunks:
     """The chunks of each sequence.
 
     `inner` are the same tokens with a chunk for a sequence, `own` the sequences whose tokens are chunks; `anew`:
-    whether every sequence is known to begin with its first token. `edges` are computed where they are wanted."""
+    whether every sequence is known to begin with its first token. `inner` and `edges` are computed where they are
+    wanted. `spans` are chunks for scans, which take a row for each where all are equally long."""
 
-    def __init__(self, seq: Sequences, inner: Sequences, own: Sequences, anew: bool, make: Callable[[], Edges],
-                 n: int = 0) -> None:  # fmt: skip
-        self.seq, self.inner, self.own, self.anew, self.n = seq, inner, own, anew, n
-        self._make: Callable[[], Edges] = make
+    def __init__(self, seq: Sequences, inner: Callable[[], Sequences], own: Sequences, anew: bool,
+                 make: Callable[[], Edges], n: int = 0, spans: Sequences | None = None) -> None:  # fmt: skip
+        self.seq, self.own, self.anew, self.n = seq, own, anew, n
+        self._cut, self._make, self._spans = inner, make, spans
+        self._inner: Sequences | None = None
         self._edges: Edges | None = None
+
+    @property
+    def inner(self) -> Sequences:
+        if self._inner is None:
+            self._inner = self._cut()
+        return self._inner
+
+    @property
+    def spans(self) -> Sequences:
+        return self.inner if self._spans is None else self._spans
+
+    def laid(self, x: Tensor) -> Tensor:
+        """A value of tokens [B, T, ...] as scans over `spans` take it."""
+        return x if self._spans is None else x.reshape(self._spans.rows, self._spans.tokens, *x.shape[2:])
 
     @property
     def edges(self) -> Edges:
@@ -51,16 +67,22 @@ class Chunks:
         """Spans of n positions, counted from the sequence's start; `start` [N] is the first token's position."""
         if start is None and not seq.packed:
             count = -(-seq.tokens // n)
-            inside = (torch.arange(count, device=seq.device) * n)[None] + seq.offsets[:-1, None]
-            own = Sequences(seq.rows, count, None, seq.like)
-            return Chunks(seq, _cut(seq, inside.reshape(-1), own, n), own, True, lambda: _spans(seq, start, n)[0], n)
+            own, spans = Sequences(seq.rows, count, None, seq.like), None
+            if not seq.blind and seq.tokens % n == 0 and seq.tokens > 0:
+                spans = Sequences(seq.rows * count, n, None, seq.like)
+
+            def inner() -> Sequences:
+                begins = (torch.arange(count, device=seq.device) * n)[None] + seq.offsets[:-1, None]
+                return _cut(seq, begins.reshape(-1), own, n)
+
+            return Chunks(seq, inner, own, True, lambda: _spans(seq, start, n)[0], n, spans)
         edges, lengths, rest = _spans(seq, start, n)
         counts = torch.where(lengths > 0, (rest + lengths + n - 1) // n, 0)
         more = int(start is not None)  # a chunk that goes on is one more
         own = _ragged(seq, counts, -(-seq.most // n) + more, seq.rows * seq.tokens // n + (1 + more) * seq.count)
         owner = own.owner
         begins = seq.offsets[owner] + (own.place * n - rest[owner]).clamp(min=0)
-        return Chunks(seq, _cut(seq, begins, own, n), own, start is None, lambda: edges, n)
+        return Chunks(seq, lambda: _cut(seq, begins, own, n), own, start is None, lambda: edges, n)
 
     @staticmethod
     def parts(seq: Sequences, n: int) -> Chunks:
@@ -76,7 +98,7 @@ class Chunks:
             never, zero = torch.zeros_like(lengths, dtype=torch.bool), torch.zeros_like(lengths)
             return Edges(never, never, zero, zero)
 
-        return Chunks(seq, _cut(seq, begins.reshape(-1), own, -(-seq.most // n)), own, True, edges)
+        return Chunks(seq, lambda: _cut(seq, begins.reshape(-1), own, -(-seq.most // n)), own, True, edges)
 
     @staticmethod
     def runs(seq: Sequences, begins: Tensor, start: Tensor | None) -> Chunks:
@@ -93,7 +115,7 @@ class Chunks:
             return Edges((lengths > 0) & (position > 0) & goes_on, lengths > 0, torch.zeros_like(lengths), position)
 
         inner = _cut(seq, torch.searchsorted(first.cumsum(0), own.token + 1), own, seq.most)
-        return Chunks(seq, inner, own, start is None, edges)
+        return Chunks(seq, lambda: inner, own, start is None, edges)
 
     # -- where they lie ----------------------------------------------------------------------------------------------
 

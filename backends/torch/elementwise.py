@@ -95,9 +95,10 @@ class MaxPlusScan(torch.autograd.Function):
 
 @uncast
 def vector_scan(
-    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, after: bool = False, dtype: torch.dtype | None = None
+    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor | None, after: bool = False, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """h = a * h + b: h before each token, or after it, in `dtype`, and the last one."""
+    """h = a * h + b: h before each token, or after it, in `dtype`, and the last one; from zero if it is given none."""
+    initial = a.new_zeros((seq.count, *a.shape[2:])) if initial is None else initial
     if seq.one_token:
         before, last = initial[:, None], a[:, 0] * initial + b[:, 0]
     else:

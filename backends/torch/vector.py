@@ -14,7 +14,7 @@ def emit_vector_scan(form: VectorForm, unit: Unit, lines: Lines, w: Writer) -> N
     leaves = list(form.leaves.values())
     with form.function(w):
         w(f'"""{form.doc(lines)}"""')
-        w(f"ct, device = {form.names('initial')[0]}.dtype, {form.names('initial')[0]}.device")
+        w(f"ct, device = compute_dtype({leaves[0]}), {leaves[0]}.device")
         w(f"{', '.join(leaves)} = {', '.join(f'{n}.to(ct)' for n in leaves)}")
         body = Body(unit, lines, w, "")
         body.taken |= {*leaves, "seq", "dtype", "ct", "device", *form.numbers.values()}

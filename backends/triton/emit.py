@@ -179,8 +179,9 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
         emit_tables(w, matrices=bool(made))
     if elementwise:
         emit_vector([f for u in units for f in vector_forms(u, prefix_of(u, units))], lines, w)
-    if made:
+    if made or elementwise:
         _helpers([form for form, _ in made], w)
+    if made:
         emit_schedules(made, schedules, w)
         _join(w)
     for form, kernels in made:
@@ -313,9 +314,10 @@ HELPERS: dict[str, tuple[str, str, str, list[str], list[str]]] = {
 
 
 def _helpers(forms: list[ScanForm], w: Writer) -> None:
-    """The functions that the kernels of these scans call."""
+    """The functions that the kernels of these scans of matrices call, and those of elementwise ones."""
     unused = {"rounded"} if not any(form.wide() for form in forms) else set()
     unused |= {"is_mild"} if not any(_totals(form) for form in forms) else set()
+    unused |= set(HELPERS) - {"sequence_start"} if not forms else set()
     for name in HELPERS:
         if name in unused:
             continue

@@ -24,7 +24,8 @@ class _Walk:
 
     `late`: how many tokens at the end of the walk have a neighbour that is not there; whole tiles end before them."""
 
-    def __init__(self, form: VectorForm, reverse: bool, tropical: bool, late: Expr) -> None:
+    def __init__(self, form: VectorForm, reverse: bool, tropical: bool, late: Value) -> None:
+        self.known: dict[str, Expr] = {}
         self.form, self.reverse, self.tropical, self.ragged = form, reverse, tropical, False
         self.b = b = Builder()
         self.part = b.let("part", call("tl.program_id", 0).to("tl.int64"))
@@ -33,8 +34,8 @@ class _Walk:
         channels = call("tl.program_id", 1) * "BD" + call("tl.arange", 0, "BD")
         self.col = b.let("col", call("tl.max_contiguous", channels, 2))
         self.has = b.let("has", self.col < "D")
-        self.start = b.load("start", Expr("bounds_ptr") + self.part, None)
-        self.stop = b.load("stop", Expr("bounds_ptr") + self.part + 1, None)
+        self.start = b.let("start", call("sequence_start", "bounds_ptr", self.part, "tokens"))
+        self.stop = b.let("stop", call("sequence_start", "bounds_ptr", self.part + 1, "tokens"))
         self.length = b.let("length", (self.stop - self.start).to("tl.int32"))
         self.cell = b.let("cell", (Expr("C") - 1 - self.row if reverse else self.row).rows * "D" + self.col.cols)
         b.let("whole", maximum(self.length - late, 0) // "C")
@@ -44,12 +45,17 @@ class _Walk:
         """The cells of a tensor with a value a channel."""
         return Expr(f"{name}_ptr") + self.part * "D" + self.col
 
-    def vector(self, name: str, pointer: Expr, mask: Expr) -> Expr:
-        return self.b.let(name, call("tl.load", pointer, mask=mask.text(), other="0.0").to("tl.float32"))
+    def given(self, name: str, source: str) -> Expr:
+        """A value a channel; zero where no tensor is given."""
+        found = self.b.let(name, call("tl.zeros", "(BD,)", "tl.float32"))
+        with self.b.when(Expr(f"{source}_ptr").given):
+            self.b.let(name, call("tl.load", self.own(source), mask=self.has.text(), other="0.0").to("tl.float32"))
+        return found
 
-    def edge(self) -> Expr:
-        """Where the walk starts."""
-        return self.b.let("edge", (self.stop - 1 if self.reverse else self.start) * "D" + self.col)
+    def keep(self, name: str, value: Expr) -> None:
+        """Store a value a channel, where somebody wants it."""
+        with self.b.when(Expr(f"{name}_ptr").given):
+            self.b.store(self.own(name), value, self.has)
 
     def loops(self, tile: Callable[[], None]) -> None:
         for self.ragged in (False, True):
@@ -58,6 +64,7 @@ class _Walk:
                 done = self.b.let("done", (step + "whole" if self.ragged else step) * "C")
                 self.b.let("base", (self.stop - done - "C" if self.reverse else self.start + done) * "D")
                 self.b.let("place", done + self.row)
+                self.known = {}
                 tile()
 
     def mask(self, ahead: Value = 0) -> Expr:
@@ -73,8 +80,11 @@ class _Walk:
         return Expr(f"{name}_ptr") + base + self.cell
 
     def tile(self, name: str, ahead: Value = 0) -> Expr:
-        loaded = call("tl.load", self.at(name, ahead), mask=self.mask(ahead).text(), other="0.0")
-        return self.b.let(name, loaded.to("tl.float32"))
+        """A tile of a tensor; what a step has loaded it does not load again."""
+        if name not in self.known:
+            loaded = call("tl.load", self.at(name, ahead), mask=self.mask(ahead).text(), other="0.0")
+            self.known[name] = self.b.let(name, loaded.to("tl.float32"))
+        return self.known[name]
 
     def idle(self, x: Expr, value: Value) -> Expr:
         """An operand; where there is no token such that the state stays."""
@@ -118,11 +128,10 @@ class _Walk:
         assert id_ is not None
         return self.constant(made[id_]) if isinstance(graph[id_], N.Const) else made[id_]
 
-    def flows(self, leaves: Callable[[str], Expr], d_gates: list[Expr], d_adds: list[Expr],
-              prefix: str = "") -> dict[str, Expr]:  # fmt: skip
+    def flows(self, d_gates: list[Expr], d_adds: list[Expr]) -> dict[str, Expr]:
         """The leaves' gradients, by name, from those of each state's gate and added value."""
         graphs = [(s, s.prologue.gradients, [id_ for _, id_ in s.prologue.gradients.outputs]) for s in self.form.states]
-        work, total = _Work(self.b, self.form, self.leaves(graphs, leaves), prefix), dict[str, Expr]()
+        work, total = _Work(self.b, self.form, self.leaves(graphs, self.tile), "d_"), dict[str, Expr]()
         for (state, graph, wanted), d_gate, d_add in zip(graphs, d_gates, d_adds):
             given = iter([d_gate] * (state.gate is not None) + [d_add] * (state.add is not None))
             flow = {n.id: next(given) for n in graph.of_kind(N.Input)[len(state.leaves) :]}
@@ -141,11 +150,18 @@ class _Walk:
         self.b.let(state.name("state"), last)
         return after
 
+    def walk_back(self, state: State, a: Expr, g: Expr) -> Expr:
+        """The gradients of h after each row; the state is what passes on of it behind the last one."""
+        carried = state.name("state")
+        flow = self.b.let(state.name("flow"), call("walk_back", a, g, carried, self.row, "AFTER"))
+        self.b.let(carried, call("passed", a, flow, g, self.row, "C", "AFTER"))
+        return flow
+
     def kernel(self, name: str, doc: str, *roles: str) -> Kernel:
         leaves = list(self.form.leaves.values())
         named = {"leaves": leaves, "d_leaves": [f"d_{x}" for x in leaves]}
         arguments = [*leaves, *(x for r in roles for x in named.get(r) or self.form.names(r)), "bounds"]
-        return Kernel(name, doc, tuple(f"{a}_ptr" for a in arguments), tuple(self.b.body), warps=1,
+        return Kernel(name, doc, (*(f"{a}_ptr" for a in arguments), "tokens"), tuple(self.b.body), warps=1,
                       sizes=tuple(self.form.numbers.values()), ends=(("row", "length"),))  # fmt: skip
 
 
@@ -193,9 +209,9 @@ def walk_kernel(form: VectorForm, reverse: bool = False, tropical: bool = False)
     """h = a * h + b, or h = max(a + h, b): h before or after each token, and the last one."""
     before = lift(1) - "AFTER"
     w = _Walk(form, reverse, tropical, before)
-    edge = w.edge()
+    edge = w.b.let("edge", (w.stop - 1 if reverse else w.start) * "D" + w.col)
     for s in form.states:
-        state = w.vector(s.name("state"), w.own(s.name("initial")), w.has)
+        state = w.given(s.name("state"), s.name("initial"))
         w.b.store(Expr(f"{s.name('out')}_ptr") + edge, state, w.has & (Expr("0") < w.length * before))
 
     def tile() -> None:
@@ -205,77 +221,57 @@ def walk_kernel(form: VectorForm, reverse: bool = False, tropical: bool = False)
 
     w.loops(tile)
     for s in form.states:
-        w.b.store(w.own(s.name("last")), Expr(s.name("state")), w.has)
+        w.keep(s.name("last"), Expr(s.name("state")))
     doc = "h = max(a + h, b)" if tropical else "h = a * h + b"
     doc += f"{' from the last token to the first' if reverse else ''}: h before each token, or after it."
     name = "max_plus" if tropical else f"{form.name}_reverse" if reverse else form.name
     return w.kernel(name if form is PLAIN else f"{form.name}_walk", doc, "initial", "out", "last")
 
 
-def _last_gradients(w: _Walk) -> tuple[Expr, list[Expr]]:
-    """Where a walk backward starts, and the gradients of the last h but for what is read of it before the update."""
-    edge = w.edge()
-    mask = w.has & (Expr("0") < w.length * "AFTER")
-    return edge, [w.vector(s.name("read"), Expr(f"{s.name('g')}_ptr") + edge, mask) for s in w.form.states]
-
-
 def backward_kernel(form: VectorForm) -> Kernel:
     """The gradients of the leaves of h = a * h + b, where g are those of h before each token, or after it."""
-    w = _Walk(form, True, False, lift(1) + "AFTER")
-    b, further = w.b, lift(1) + "AFTER"
+    w = _Walk(form, True, False, "AFTER")
+    b = w.b
     for s in form.states:
-        w.vector(s.name("initial"), w.own(s.name("initial")), w.has)
-    edge, reads = _last_gradients(w)
-    some, further_back = w.has & (Expr("0") < w.length), lift("AFTER") < w.length
-    befores = []
-    for s, read in zip(form.states, reads):
-        b.let(s.name("state"), w.vector(s.name("d_last"), w.own(s.name("d_last")), w.has) + read)
-        pointer = Expr(f"{s.name('h')}_ptr") + (edge - lift("AFTER") * "D")
-        h = w.vector(s.name("h_before"), pointer, w.has & further_back)
-        befores.append(b.let(s.name("before"), where(further_back, h, s.name("initial"))))
-    states = [Expr(s.name("state")) for s in form.states]
-    d_gates = [x * h for x, h in zip(states, befores)]
-    leaf = lambda n: w.vector(f"edge_{n}", Expr(f"{n}_ptr") + edge, some)  # noqa: E731
-    for name, flow in w.flows(leaf, d_gates, states, "edge_").items():
-        b.store(Expr(f"d_{name}_ptr") + edge, flow, some)
+        w.given(s.name("initial"), s.name("initial"))
+        w.given(s.name("state"), s.name("d_last"))
 
     def tile() -> None:
-        gates = [a for a, _ in w.operands(True, False)]
-        afters, d_gates = [], []
-        for s, a in zip(form.states, gates):
-            g = w.tile(s.name("g"), "AFTER")
-            h = w.tile(s.name("h"), further)
+        flows, d_gates = [], []
+        for s, (a, _) in zip(form.states, w.operands(True, False)):
+            g, h = w.tile(s.name("g")), w.tile(s.name("h"), "AFTER")
             if w.ragged:
-                first = (Expr("place") + further).same(w.length)
+                first = (Expr("place") + "AFTER").same(w.length)
                 h = b.let(s.name("h"), where(first.rows, Expr(s.name("initial")).cols, h))
-            afters.append(w.walk(s, a, g))
-            d_gates.append(afters[-1] * h)
-        for name, flow in w.flows(lambda n: w.tile(n, 1), d_gates, afters).items():
-            b.store(w.at(f"d_{name}", 1), flow, w.mask(1))
+            flows.append(w.walk_back(s, a, g))
+            d_gates.append(flows[-1] * h)
+        for name, flow in w.flows(d_gates, flows).items():
+            b.store(w.at(f"d_{name}"), flow, w.mask())
 
     w.loops(tile)
     for s in form.states:
-        b.store(w.own(s.name("d_initial")), Expr(s.name("state")), w.has)
+        w.keep(s.name("d_initial"), Expr(s.name("state")))
     doc = "The gradients of h = a * h + b: g are those of h before each token, or after it, as h is."
     return w.kernel(f"{form.name}_backward", doc, "g", "h", "initial", "d_last", "d_leaves", "d_initial")
 
 
 def totals_kernel(form: VectorForm, reverse: bool = False, tropical: bool = False) -> Kernel:
     """What a segment does to the state that it is entered with: times `decay` (plus, in max-plus), then `total`."""
-    w = _Walk(form, reverse, tropical, lift(1) + "AFTER" if reverse else lift(1) - "AFTER")
+    w = _Walk(form, reverse, tropical, 0)
     b = w.b
     b.note("in float32, products of equal decays would all err alike, which adds up over the segments")
     for s in form.states:
         b.let(s.name("decay"), call("tl.zeros", "(BD,)", "tl.float64") + (0.0 if tropical else 1.0))
-    reads = _last_gradients(w)[1] if reverse else []
-    for k, s in enumerate(form.states):
+    for s in form.states:
         nothing = call("tl.zeros", "(BD,)", "tl.float32") + (lift('float("-inf")') if tropical else 0.0)
-        b.let(s.name("state"), reads[k] if reverse else nothing)
+        b.let(s.name("state"), nothing)
 
     def tile() -> None:
         for s, (a, x) in zip(form.states, w.operands(True, not reverse)):
-            x = w.tile(s.name("g"), "AFTER") if reverse else x
-            w.walk(s, a, x)
+            if reverse:
+                w.walk_back(s, a, w.tile(s.name("g")))
+            else:
+                w.walk(s, a, x)
             wide, decay = a.to("tl.float64"), Expr(s.name("decay"))
             b.let(decay.op, decay + call("tl.sum", wide, 0) if tropical else decay * call("product", wide))
 

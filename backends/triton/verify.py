@@ -217,6 +217,9 @@ class _Walk:
             self.same(args[1].shape, args[0].shape)
             self.same((args[3].shape + args[2].shape), args[0].shape)
             return Known(args[0].shape)
+        if e.op in ("walk_back", "passed"):
+            self.same(args[1].shape, args[0].shape)
+            return Known(args[0].shape if e.op == "walk_back" else args[0].shape[1:])
         if e.op == "product":
             return Known(args[0].shape[1:])
         if e.op in ("tl.sum", "tl.max", "tl.min"):

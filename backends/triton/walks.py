@@ -49,6 +49,43 @@ def walk_max(a, b, state, row):
 
 
 @triton.jit
+def join_back(gain, flow, gate, later_gain, later_flow, later_gate):
+    """Two steps h = gain * p + flow in one, where p is what gate passes on of the h before."""
+    passing = later_gain * gate
+    return passing * gain, tl.fma(passing, flow, later_flow), later_gate
+
+
+@triton.jit
+def join_front(gain, flow, gate, read, later_gain, later_flow, later_gate, later_read):
+    """As `join_back`, where what is read before a step is passed on with it."""
+    passed = tl.fma(gate, flow, read)
+    return later_gain * gate * gain, tl.fma(later_gain, passed, later_flow), later_gate, later_read
+
+
+@triton.jit
+def walk_back(a, g, state, row, AFTER: tl.constexpr):
+    """The gradients of h after each row, from the last token to the first; `state` is what the rows before pass on."""
+    one = tl.zeros_like(a) + 1.0
+    first = (row == 0)[:, None]
+    if AFTER:
+        _, flow, _ = tl.associative_scan((one, tl.where(first, g + state[None, :], g), a), 0, join_back)
+    else:
+        start = tl.where(first, state[None, :], 0.0)
+        _, flow, _, _ = tl.associative_scan((one, start, a, g), 0, join_front)
+    return flow
+
+
+@triton.jit
+def passed(a, flow, g, row, C: tl.constexpr, AFTER: tl.constexpr):
+    """What the last row passes on to the token before it."""
+    if AFTER:
+        found = a * flow
+    else:
+        found = tl.fma(a, flow, g)
+    return tl.sum(tl.where((row == C - 1)[:, None], found, 0.0), 0)
+
+
+@triton.jit
 def times(x, y):
     return x * y
 
@@ -77,49 +114,57 @@ class Walks(NamedTuple):
     numbers: dict[str, float] = {}
 
 
-def bounds_of(seq: Sequences, size: int) -> tuple[Tensor, Tensor | None]:
-    """Between which tokens programs walk [n + 1]; if sequences are cut, also between which segments these lie [N + 1].
+def bounds_of(seq: Sequences, size: int) -> tuple[Tensor | None, Tensor | None]:
+    """Between which tokens programs walk [n + 1], of a dense batch none; if sequences are cut, also between which
+    segments these lie [N + 1].
 
     Whether a sequence is cut depends on the number of channels, not on that of tokens: a longer one begins alike."""
     if seq.count * cdiv(size, CHANNELS) >= FEW or seq.most <= SEGMENT:
-        return seq.offsets, None
+        return seq.offsets if seq.packed else None, None
     start, _, first = tables(seq, SEGMENT)
     return start, first
 
 
 def entered(
-    seq: Sequences, operands: Sequence[Tensor], starts: Sequence[Tensor], totals: Any, step: Any, walks: Walks
-) -> tuple[Tensor, list[Tensor], list[Tensor] | None]:
+    seq: Sequences, operands: Sequence[Tensor], starts: Sequence[Tensor | None], totals: Any, step: Any, walks: Walks
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None] | None]:
     """The tokens between which programs walk, the states that they start with, and the last ones if they are known."""
     size = operands[0].shape[2] * operands[0].shape[3]
     blocks, (bounds, cut) = cdiv(size, CHANNELS), bounds_of(seq, size)
-    if cut is None:
+    if bounds is None or cut is None:
         return bounds, list(starts), None
-    decays = [torch.empty((bounds.numel() - 1, size), dtype=torch.float32, device=x.device) for x in starts]
+    decays = [torch.empty((bounds.numel() - 1, size), dtype=torch.float32, device=operands[0].device) for _ in starts]
     sums, states = [torch.empty_like(x) for x in decays], [torch.empty_like(x) for x in decays]
-    lasts = [torch.empty_like(x) for x in starts]
+    lasts = [None if x is None else torch.empty_like(x) for x in starts]
     if seq.count:
         totals[(bounds.numel() - 1, blocks)](
-            *operands, *decays, *sums, bounds,
+            *operands, *decays, *sums, bounds, seq.tokens,
             **walks.numbers, D=size, BD=CHANNELS, **WALKED, AFTER=int(walks.after),
         )
         for decay, total, start, state, last in zip(decays, sums, starts, states, lasts):
             step[(seq.count, blocks)](
-                decay, total, start, state, last, cut, D=size, BD=CHANNELS, **WALKED, AFTER=0,
+                decay, total, start, state, last, cut, seq.tokens, D=size, BD=CHANNELS, **WALKED, AFTER=0,
             )
     return bounds, states, lasts
 
 
+def walkers(seq: Sequences, bounds: Tensor | None) -> int:
+    """How many programs walk beside each other over one block of channels."""
+    return seq.count if bounds is None else bounds.numel() - 1
+
+
 def walked(
-    seq: Sequences, leaves: Sequence[Tensor], starts: Sequence[Tensor], outs: Sequence[Tensor], step: Any, walks: Walks,
-    read: Sequence[Tensor] = (),
-) -> tuple[list[Tensor], list[Tensor]]:
+    seq: Sequences, leaves: Sequence[Tensor], starts: Sequence[Tensor | None], outs: Sequence[Tensor], step: Any,
+    walks: Walks, read: Sequence[Tensor] = (),
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Fill `outs`; the states that programs start with, and the last states. `read`: what totals take behind leaves."""
     bounds, states, lasts = entered(seq, (*leaves, *read), starts, walks.totals, step, walks)
-    size, ends = leaves[0].shape[2] * leaves[0].shape[3], [torch.empty_like(x) for x in states]
+    size, ends = leaves[0].shape[2] * leaves[0].shape[3], [None for _ in starts]
+    if lasts is None:
+        ends = [None if x is None else torch.empty_like(x) for x in starts]
     if seq.count:
-        walks.walk[(bounds.numel() - 1, cdiv(size, CHANNELS))](
-            *leaves, *states, *outs, *ends, bounds,
+        walks.walk[(walkers(seq, bounds), cdiv(size, CHANNELS))](
+            *leaves, *states, *outs, *ends, bounds, seq.tokens,
             **walks.numbers, D=size, BD=CHANNELS, **tile_of(seq), AFTER=int(walks.after),
         )
     return states, ends if lasts is None else lasts
@@ -127,56 +172,62 @@ def walked(
 
 class Vector(torch.autograd.Function):
     """h = a * h + b for each channel: h before each token, or after it [B, T, H, D], and the last h [N, H, D], of each
-    of some scans; `tensors` are the leaves [B, T, H, D] that their operands are made of, and then their initial h."""
+    of some scans; `tensors` are the leaves [B, T, H, D] that their operands are made of, and then their initial h, or
+    none: then no last ones are kept."""
 
     @staticmethod
-    def forward(ctx: Any, seq: Sequences, walks: Walks, dtype: torch.dtype, count: int, *tensors: Tensor) -> Any:
-        leaves = [x.contiguous() for x in tensors[: len(tensors) - count]]
-        starts = [x.contiguous() for x in tensors[len(tensors) - count :]]
+    def forward(ctx: Any, seq: Sequences, walks: Walks, dtype: torch.dtype, count: int, *tensors: Tensor | None) -> Any:
+        leaves = [x.contiguous() for x in tensors[: len(tensors) - count] if x is not None]
+        starts = [None if x is None else x.contiguous() for x in tensors[len(tensors) - count :]]
         outs = [torch.empty_like(leaves[0], dtype=dtype) for _ in starts]
         states, lasts = walked(seq, leaves, starts, outs, vector, walks)
         ctx.seq, ctx.walks, ctx.count = seq, walks, count
         ctx.save_for_backward(*leaves, *outs, *states)
-        return (*outs, *lasts)
+        return (*outs, *(x for x in lasts if x is not None))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         once()
         seq, walks, count, kept = ctx.seq, ctx.walks, ctx.count, ctx.saved_tensors
         leaves, outs, states = kept[: -2 * count], kept[-2 * count : -count], kept[-count:]
-        d_outs, d_lasts = [x.contiguous() for x in grads[:count]], [x.contiguous() for x in grads[count:]]
+        d_outs, d_lasts = ([x.contiguous() for x in part] for part in (grads[:count], grads[count:]))
         bounds, ends, d_starts = entered(
-            seq, (*leaves, *d_outs), d_lasts, walks.totals_reverse, vector_reverse, walks
+            seq, (*leaves, *d_outs), d_lasts or [None] * count, walks.totals_reverse, vector_reverse, walks
         )
-        d_leaves, d_states = [torch.empty_like(x) for x in leaves], [torch.empty_like(x) for x in ends]
-        size = leaves[0].shape[2] * leaves[0].shape[3]
+        d_leaves, size = [torch.empty_like(x) for x in leaves], leaves[0].shape[2] * leaves[0].shape[3]
+        d_states = [None for _ in ends]
+        if d_starts is None:
+            d_states = [None if x is None else torch.empty_like(x) for x in ends]
         if seq.count:
-            walks.backward[(bounds.numel() - 1, cdiv(size, CHANNELS))](
-                *leaves, *d_outs, *outs, *states, *ends, *d_leaves, *d_states, bounds,
+            walks.backward[(walkers(seq, bounds), cdiv(size, CHANNELS))](
+                *leaves, *d_outs, *outs, *states, *ends, *d_leaves, *d_states, bounds, seq.tokens,
                 **walks.numbers, D=size, BD=CHANNELS, **tile_of(seq), AFTER=int(walks.after),
             )
         return (None, None, None, None, *d_leaves, *(d_states if d_starts is None else d_starts))
 
 
-def together(seq: Sequences, walks: Walks, dtype: torch.dtype, count: int, *tensors: Tensor) -> Any:
-    """`Vector`; its bounds are known before, since torch.compile keeps nothing that is made inside."""
-    bounds_of(seq, tensors[0].shape[2] * tensors[0].shape[3])
-    return Vector.apply(seq, walks, dtype, count, *tensors)
+def together(seq: Sequences, walks: Walks, dtype: torch.dtype, leaves: Sequence[Tensor],
+             starts: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """`Vector`, with a last h for each scan that has none; its bounds are known before, since torch.compile keeps
+    nothing that is made inside."""
+    bounds_of(seq, leaves[0].shape[2] * leaves[0].shape[3])
+    found = Vector.apply(seq, walks, dtype, len(starts), *leaves, *starts)
+    return (*found, *[None] * (2 * len(starts) - len(found)))
 
 
 PLAIN = Walks(vector, vector_totals, vector_backward, vector_totals_reverse, False)
 
 
 def vector_scan(
-    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor, after: bool = False, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """h = a * h + b: h before each token, or after it, and the last one. Operands are read as they are stored, and
-    the result is given in `dtype`, else in the wider type of theirs."""
+    seq: Sequences, a: Tensor, b: Tensor, initial: Tensor | None, after: bool = False, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """h = a * h + b: h before each token, or after it, and the last one; from zero, and without a last one, if none is
+    given. Operands are read as they are stored; the result is given in `dtype`, else in the wider type of theirs."""
     if seq.one_token:
         return _elementwise.vector_scan(seq, a, b, initial, after, dtype)
     dtype = torch.promote_types(a.dtype, b.dtype) if dtype is None else dtype
-    result: tuple[Tensor, Tensor] = together(seq, PLAIN._replace(after=after), dtype, 1, a, b, initial)
-    return result
+    result: Any = together(seq, PLAIN._replace(after=after), dtype, [a, b], [initial])
+    return result[0], result[1]
 
 
 def launched(
@@ -186,6 +237,7 @@ def launched(
     a, b, initial, out = a.contiguous(), b.contiguous(), initial.contiguous(), torch.empty_like(b)
     step, totals = (max_plus, max_plus_totals) if tropical else (vector_reverse, vector_totals_reverse)
     walks = Walks(step, totals, None, None, False)
+    last: Any
     _, (last,) = walked(seq, [a, b], [initial], [out], step, walks, [] if tropical else [b])
     return out, last
 
@@ -216,7 +268,7 @@ def _kernels(kernels: list[Kernel], w: Writer) -> None:
 
 def _scan(form: VectorForm, lines: Lines, w: Writer) -> None:
     leaves, starts, numbers = list(form.leaves.values()), form.names("initial"), list(form.numbers.values())
-    tensors, given = [*leaves, *starts], ", ".join([*leaves, *starts, "dtype", *numbers])
+    given = ", ".join([*leaves, *starts, "dtype", *numbers])
     w()
     w()
     with form.function(w):
@@ -226,5 +278,4 @@ def _scan(form: VectorForm, lines: Lines, w: Writer) -> None:
         kernels = ", ".join(f"{form.name}_{k}" for k in ("walk", "totals", "backward", "totals_reverse"))
         named = ", ".join(f'"{n}": {n}' for n in numbers)
         w(f"walks = Walks({kernels}, {form.after}, {{{named}}})")
-        w(f"result: tuple[Tensor, ...] = together(seq, walks, dtype, {len(starts)}, {', '.join(tensors)})")
-        w("return result")
+        w(f"return together(seq, walks, dtype, [{', '.join(leaves)}], [{', '.join(starts)}])")
