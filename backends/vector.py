@@ -15,8 +15,9 @@ from chunkc.ir.updates import absorbed, update_of
 
 # Names that kernels of elementwise scans use for themselves: a leaf of such a name gets a number behind it.
 _EMITTED = """
-seq initial last out dtype ct device state states after before part row col has start stop length cell whole tiles edge
-done base place read h g gate add decay total bounds step D C BD AFTER AI AJ BQ BR LIMIT GATE_PARTS vector_scan walks
+seq tokens initial last out dtype ct device state states after before part row col has start stop length cell whole
+tiles edge done base place read h g gate add decay total bounds step flow down W D C BD AFTER AI AJ BQ BR LIMIT
+GATE_PARTS vector_scan walks
 """
 
 

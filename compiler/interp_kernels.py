@@ -177,11 +177,15 @@ class Launch:
         if e.op == "tl.max_contiguous":
             return args[0]
         if e.op in ("walk", "walk_max"):
-            return walk(args[0], args[1], args[2], e.op == "walk_max")
+            a, b = (in_order(x, args[3]) for x in args[:2])
+            return in_order(walk(a, b, args[2], e.op == "walk_max"), len(a) // args[3])
         if e.op == "walk_back":
-            return walk_back(args[0], args[1], args[2], bool(args[4]))
+            a, g = (in_order(x, args[4]) for x in args[:2])
+            return in_order(walk_back(a, g, args[2], bool(args[3])), len(a) // args[4])
         if e.op == "passed":
             return args[0][-1] * args[1][-1] + (0 if args[5] else args[2][-1])
+        if e.op == "column_sum":
+            return args[0].sum(0)
         if e.op == "masked_sum":
             return args[0].to(self.dtype) @ args[1]
         if e.op in PLACES:
@@ -191,6 +195,11 @@ class Launch:
         if e.op == "rounded":
             return args[0]
         return FUNCTIONS[e.op](*(torch.as_tensor(a) for a in args))
+
+
+def in_order(x: Tensor, parts: int) -> Tensor:
+    """Rows that parts of a tile have in turn, part by part; and back again, for as many parts as one has rows."""
+    return x.view(-1, parts, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
 
 
 def walk(a: Tensor, b: Tensor, state: Tensor, tropical: bool) -> Tensor:

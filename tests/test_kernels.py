@@ -257,6 +257,9 @@ class Launches:
         }
         rows = self.table["tile_start_ptr"].numel() if launch.rows == "tiles" else len(self.batch.lengths) * segments
         blocks = [-(-self.sizes[s.upper()] // block) for s in launch.blocks]
+        if "turns" in kernel.arguments:
+            memory |= {"turns": 3, "tiles": rows}
+            rows = -(-rows // 3)
         grid = (rows * math.prod(blocks) * self.sizes["H"],) if blocks else (rows, self.sizes["H"])
         if launch.role == "token":  # a block of the side that no sum is over, all of the others
             own = free_side(self.scan.form, [])
@@ -467,9 +470,10 @@ def test_one_token_means_the_step(name: str) -> None:
 
 
 class Walk:
-    """Runs kernels of elementwise scans over ragged sequences: channels in blocks of 4, of 6."""
+    """Runs kernels of elementwise scans over ragged sequences: channels in blocks of 4, of 6; tiles in two parts."""
 
-    def __init__(self, after: int) -> None:
+    def __init__(self, after: int, parts: int = 2) -> None:
+        self.parts = parts
         torch.manual_seed(0)
         self.after, self.size, total = after, 6, sum(LENGTHS)
         self.ends = torch.tensor([0, *LENGTHS]).cumsum(0)
@@ -488,7 +492,7 @@ class Walk:
         states = ("last", "decay", "total", "d_initial")
         shapes = {n: (rows if n.startswith(states) else sum(LENGTHS), self.size) for n in names}
         memory = {n: given[n] if n in given else torch.full(shapes[n], float("nan")).double() for n in names}
-        constants = {"D": self.size, "C": C, "BD": 4, "AFTER": self.after, **numbers}
+        constants = {"D": self.size, "C": C, "W": self.parts, "BD": 4, "AFTER": self.after, **numbers}
         pointers: dict[str, Any] = {f"{n}_ptr": x.view(-1) for n, x in memory.items()}
         Launch(kernel, (rows, -(-self.size // 4)), {**pointers, "tokens": 0}, constants).run()
         return memory

@@ -33,7 +33,7 @@ OVER = {
 }
 TILES = re.compile(r"tl\.cdiv\(length\w*, B([QR])\)")
 CONSTANTS = ("H", "I", "J", "D", "C", "LEVELS", "BI", "BJ", "BD", "BQ", "BR", "BT", "AI", "AJ", "DOT", "PRECISION",
-             "PARTS", "GATE_PARTS", "LIMIT", "AFTER", "STAGES")  # fmt: skip
+             "PARTS", "GATE_PARTS", "LIMIT", "AFTER", "STAGES", "W")  # fmt: skip
 
 
 def over(stop: str, sizes: tuple[str, ...]) -> str:
@@ -251,17 +251,15 @@ Statement = Let | Store | Loop | If | Note
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel: pointers and lengths as arguments, statements, and the warps of a program.
+    """A kernel: pointers and lengths as arguments, and statements.
 
     `sizes` are compile-time constants that the spec names, beside `CONSTANTS`; `ends` says by which each range of
-    theirs is bounded. Warps are chosen so that nothing spills on sm_90 at I = J = 128 in bfloat16; a test compiles
-    them."""
+    theirs is bounded."""
 
     name: str
     doc: str
     arguments: tuple[str, ...]
     body: tuple[Statement, ...]
-    warps: int = field(default=4, compare=False)  # of a launch, not of the text
     sizes: tuple[str, ...] = ()
     ends: tuple[tuple[str, str], ...] = field(default=(), compare=False)  # for checking alone
 

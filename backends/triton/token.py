@@ -8,6 +8,7 @@ from chunkc.backends.scan import EMITTED, ScanForm, Side
 from chunkc.backends.token import TokenForm, free_side
 from chunkc.backends.triton.kernel import Builder, Expr, Kernel, call, where
 from chunkc.backends.triton.pairs import FUNCTIONS
+from chunkc.backends.triton.tables import MANY
 from chunkc.backends.writer import Lines, Writer, identifier, unused
 from chunkc.ir import nodes as N
 
@@ -178,11 +179,12 @@ def _launch(kernel: Kernel, own: Side | None, w: Writer) -> None:
     arguments = ", ".join(a.removesuffix("_ptr").replace("next", "new") for a in kernel.arguments)
     given = {"H": "H", "I": "I", "J": "J", **{f"B{s}": f"power_of_two({s})" for s in "IJ"}}
     if own is not None:
-        given[f"B{own.upper()}"] = "32"
-    blocks = f"cdiv({own.upper()}, 32)" if own is not None else "1"
+        given[f"B{own.upper()}"] = "block"
+        w(f"block, warps = (128, 8) if seq.count * H >= {MANY} else (32, 4)")
+    blocks = f"cdiv({own.upper()}, block)" if own is not None else "1"
     constants = ", ".join(f"{c}={given.get(c, c)}" for c in kernel.constants)
     with w.indented("if seq.count:"):
         w(f"{kernel.name}[(seq.count, H, {blocks})](")
         w(f"    {arguments},")
-        w(f"    {constants}, num_warps={4 if own is not None else 8},")
+        w(f"    {constants}, num_warps={'warps' if own is not None else 8},")
         w(")")

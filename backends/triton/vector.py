@@ -29,15 +29,17 @@ class _Walk:
         self.form, self.reverse, self.tropical, self.ragged = form, reverse, tropical, False
         self.b = b = Builder()
         self.part = b.let("part", call("tl.program_id", 0).to("tl.int64"))
-        self.row = b.let("row", call("tl.arange", 0, "C"))
-        b.note("two channels a thread, so that it has all rows of a tile of them")
+        b.note("each of W warps has the rows of a part of the tile; two channels a thread, so that it has all of these")
+        rows = call("tl.arange", 0, "C")
+        self.row = b.let("row", rows % "W" * (Expr("C") // "W") + rows // "W")
         channels = call("tl.program_id", 1) * "BD" + call("tl.arange", 0, "BD")
         self.col = b.let("col", call("tl.max_contiguous", channels, 2))
         self.has = b.let("has", self.col < "D")
         self.start = b.let("start", call("sequence_start", "bounds_ptr", self.part, "tokens"))
         self.stop = b.let("stop", call("sequence_start", "bounds_ptr", self.part + 1, "tokens"))
         self.length = b.let("length", (self.stop - self.start).to("tl.int32"))
-        self.cell = b.let("cell", (Expr("C") - 1 - self.row if reverse else self.row).rows * "D" + self.col.cols)
+        b.note("behind the channels, so that a row is a constant distance")
+        self.down = b.let("down", (Expr("C") - 1 - self.row if reverse else self.row) * "D")
         b.let("whole", maximum(self.length - late, 0) // "C")
         b.let("tiles", call("tl.cdiv", self.length, "C"))
 
@@ -77,7 +79,7 @@ class _Walk:
     def at(self, name: str, ahead: Value = 0) -> Expr:
         by = lift(ahead) * "D"
         base = Expr("base") if ahead == 0 else Expr("base") - by if self.reverse else Expr("base") + by
-        return Expr(f"{name}_ptr") + base + self.cell
+        return Expr(f"{name}_ptr") + (base + self.col).cols + self.down.rows
 
     def tile(self, name: str, ahead: Value = 0) -> Expr:
         """A tile of a tensor; what a step has loaded it does not load again."""
@@ -145,7 +147,7 @@ class _Walk:
     def walk(self, state: State, a: Expr, x: Expr) -> Expr:
         """h after each row; the state is the last one."""
         step = "walk_max" if self.tropical else "walk"
-        after = self.b.let(state.name("after"), call(step, a, x, state.name("state"), self.row))
+        after = self.b.let(state.name("after"), call(step, a, x, state.name("state"), "W"))
         last = call("tl.sum", where(self.row.same(Expr("C") - 1).rows, after, 0.0), 0)
         self.b.let(state.name("state"), last)
         return after
@@ -153,7 +155,7 @@ class _Walk:
     def walk_back(self, state: State, a: Expr, g: Expr) -> Expr:
         """The gradients of h after each row; the state is what passes on of it behind the last one."""
         carried = state.name("state")
-        flow = self.b.let(state.name("flow"), call("walk_back", a, g, carried, self.row, "AFTER"))
+        flow = self.b.let(state.name("flow"), call("walk_back", a, g, carried, "AFTER", "W"))
         self.b.let(carried, call("passed", a, flow, g, self.row, "C", "AFTER"))
         return flow
 
@@ -161,7 +163,7 @@ class _Walk:
         leaves = list(self.form.leaves.values())
         named = {"leaves": leaves, "d_leaves": [f"d_{x}" for x in leaves]}
         arguments = [*leaves, *(x for r in roles for x in named.get(r) or self.form.names(r)), "bounds"]
-        return Kernel(name, doc, (*(f"{a}_ptr" for a in arguments), "tokens"), tuple(self.b.body), warps=1,
+        return Kernel(name, doc, (*(f"{a}_ptr" for a in arguments), "tokens"), tuple(self.b.body),
                       sizes=tuple(self.form.numbers.values()), ends=(("row", "length"),))  # fmt: skip
 
 
@@ -257,7 +259,7 @@ def backward_kernel(form: VectorForm) -> Kernel:
 
 def totals_kernel(form: VectorForm, reverse: bool = False, tropical: bool = False) -> Kernel:
     """What a segment does to the state that it is entered with: times `decay` (plus, in max-plus), then `total`."""
-    w = _Walk(form, reverse, tropical, 0)
+    w = _Walk(form, reverse, tropical, 0 if reverse else lift(1) - "AFTER")
     b = w.b
     b.note("in float32, products of equal decays would all err alike, which adds up over the segments")
     for s in form.states:

@@ -23,6 +23,7 @@ NUMBERS = (
     "rows",
     "sequences",
     "tiles",
+    "turns",
     "tokens",
     "each",
     "segment",
@@ -215,12 +216,14 @@ class _Walk:
             return Known(args[0].shape)
         if e.op in ("walk", "walk_max"):
             self.same(args[1].shape, args[0].shape)
-            self.same((args[3].shape + args[2].shape), args[0].shape)
+            self.same(args[2].shape, args[0].shape[1:])
             return Known(args[0].shape)
         if e.op in ("walk_back", "passed"):
             self.same(args[1].shape, args[0].shape)
+            if e.op == "walk_back":
+                self.same(args[2].shape, args[0].shape[1:])
             return Known(args[0].shape if e.op == "walk_back" else args[0].shape[1:])
-        if e.op == "product":
+        if e.op in ("product", "column_sum"):
             return Known(args[0].shape[1:])
         if e.op in ("tl.sum", "tl.max", "tl.min"):
             return self.sum(e, args[0], keywords)

@@ -9,13 +9,14 @@ from chunkc.backends.vector import VectorForm
 from chunkc.backends.writer import Lines, Writer
 
 HELPERS = '''
-CHANNELS = 64  # of a program that walks along a sequence: a warp
-# Tokens of a tile, and how many tiles there is room for, since the next ones come from memory while one is walked over.
-# Short sequences are hardly more than one: there the room would only keep programs off a multiprocessor. A product and
-# a sum are one operation where that is written, and nowhere else: where it is the compiler's choice, a token's bits
-# depend on whether its tile is whole.
-ALONE = {"num_warps": 1, "enable_fp_fusion": False}
-WALKED, SHORT = {"C": 32, "STAGES": 4, **ALONE}, {"C": 16, "STAGES": 1, **ALONE}
+CHANNELS = 64  # of a program that walks along a sequence
+# Tokens of a tile, warps, of which each has a part of it, and how many tiles there is room for, since the next ones
+# come from memory while one is walked over. Short sequences are hardly more than one: there the room would only keep
+# programs off a multiprocessor. A product and a sum are one operation where that is written, and nowhere else: where
+# it is the compiler's choice, a token's bits depend on whether its tile is whole.
+WALKED = {"C": 64, "W": 4, "num_warps": 4, "STAGES": 3, "enable_fp_fusion": False}
+SHORT = {**WALKED, "C": 16, "W": 1, "num_warps": 1, "STAGES": 1}
+ROOM = (56 if torch.version.hip else 96) * 1024  # bytes on chip that a program may have for tiles to come, on any GPU
 SEGMENT = 1024  # tokens of a segment
 FEW = 96  # programs that leave a GPU idle: then each walks along a segment
 
@@ -33,22 +34,6 @@ def join_max(a, b, later_a, later_b):
 
 
 @triton.jit
-def walk(a, b, state, row):
-    """h = a * h + b after each row."""
-    b = tl.where((row == 0)[:, None], tl.fma(a, state[None, :], b), b)
-    _, after = tl.associative_scan((a, b), 0, join)
-    return after
-
-
-@triton.jit
-def walk_max(a, b, state, row):
-    """h = max(a + h, b) after each row."""
-    b = tl.where((row == 0)[:, None], tl.maximum(a + state[None, :], b), b)
-    _, after = tl.associative_scan((a, b), 0, join_max)
-    return after
-
-
-@triton.jit
 def join_back(gain, flow, gate, later_gain, later_flow, later_gate):
     """Two steps h = gain * p + flow in one, where p is what gate passes on of the h before."""
     passing = later_gain * gate
@@ -63,16 +48,66 @@ def join_front(gain, flow, gate, read, later_gain, later_flow, later_gate, later
 
 
 @triton.jit
-def walk_back(a, g, state, row, AFTER: tl.constexpr):
+def join_front_max(gain, flow, gate, read, later_gain, later_flow, later_gate, later_read):
+    """As `join_front`, for h = max(a + h, b)."""
+    passed = tl.maximum(gate + flow, read)
+    return later_gain + gate + gain, tl.maximum(later_gain + passed, later_flow), later_gate, later_read
+
+
+@triton.jit
+def parts(x, W: tl.constexpr):
+    """The rows of each warp's part of a tile [C / W, W, channels]; they are where they were."""
+    return tl.reshape(x, (x.shape[0] // W, W, x.shape[1]))
+
+
+@triton.jit
+def ends(x):
+    """The last row of each part."""
+    return tl.sum(tl.where((tl.arange(0, x.shape[0]) == x.shape[0] - 1)[:, None, None], x, 0.0), 0)
+
+
+@triton.jit
+def entering(gain, flow, state):
+    """The h that each part starts from, of what parts do to it: h = gain * h + flow."""
+    one = tl.zeros_like(gain) + 1.0
+    through, so_far, _, _ = tl.associative_scan((one, tl.zeros_like(flow), gain, flow), 0, join_front)
+    return tl.fma(through, state[None, :], so_far)[None, :, :]
+
+
+@triton.jit
+def entering_max(gain, flow, state):
+    """The h that each part starts from, of what parts do to it: h = max(gain + h, flow)."""
+    never = tl.zeros_like(flow) + float("-inf")
+    through, so_far, _, _ = tl.associative_scan((tl.zeros_like(gain), never, gain, flow), 0, join_front_max)
+    return tl.maximum(through + state[None, :], so_far)[None, :, :]
+
+
+@triton.jit
+def walk(a, b, state, W: tl.constexpr):
+    """h = a * h + b after each row: the rows of each part from zero, and then from the h that it starts from."""
+    gain, flow = tl.associative_scan((parts(a, W), parts(b, W)), 0, join)
+    return tl.reshape(tl.fma(gain, entering(ends(gain), ends(flow), state), flow), a.shape)
+
+
+@triton.jit
+def walk_max(a, b, state, W: tl.constexpr):
+    """h = max(a + h, b) after each row."""
+    gain, flow = tl.associative_scan((parts(a, W), parts(b, W)), 0, join_max)
+    return tl.reshape(tl.maximum(gain + entering_max(ends(gain), ends(flow), state), flow), a.shape)
+
+
+@triton.jit
+def walk_back(a, g, state, AFTER: tl.constexpr, W: tl.constexpr):
     """The gradients of h after each row, from the last token to the first; `state` is what the rows before pass on."""
-    one = tl.zeros_like(a) + 1.0
-    first = (row == 0)[:, None]
+    gates, reads = parts(a, W), parts(g, W)
+    one = tl.zeros_like(gates) + 1.0
     if AFTER:
-        _, flow, _ = tl.associative_scan((one, tl.where(first, g + state[None, :], g), a), 0, join_back)
+        gain, flow, _ = tl.associative_scan((one, reads, gates), 0, join_back)
+        start = entering(ends(gates * gain), ends(gates * flow), state)
     else:
-        start = tl.where(first, state[None, :], 0.0)
-        _, flow, _, _ = tl.associative_scan((one, start, a, g), 0, join_front)
-    return flow
+        gain, flow, _, _ = tl.associative_scan((one, tl.zeros_like(reads), gates, reads), 0, join_front)
+        start = entering(ends(gates * gain), ends(tl.fma(gates, flow, reads)), state)
+    return tl.reshape(tl.fma(gain, start, flow), a.shape)
 
 
 @triton.jit
@@ -97,9 +132,18 @@ def product(x):
 '''
 
 LAUNCHES = '''
-def tile_of(seq: Sequences) -> dict[str, int]:
-    """Tokens of a tile, and tiles that there is room for. A walk is token by token in either, with the same bits."""
-    return SHORT if seq.most <= 4 * SHORT["C"] else WALKED
+def tile_of(seq: Sequences, *loaded: Tensor) -> dict[str, int]:
+    """How a program walks, with tiles to come of what it loads as far as there is room for them. A part has as many
+    rows in either way, and up to two parts one has the bits of the other."""
+    if seq.most <= 2 * SHORT["C"]:
+        return SHORT
+    return staged(loaded)
+
+
+def staged(loaded: Sequence[Tensor]) -> dict[str, int]:
+    """`WALKED`, with no more stages than there is room for."""
+    tile = sum(x.element_size() for x in loaded) * WALKED["C"] * CHANNELS
+    return {**WALKED, "STAGES": min(WALKED["STAGES"], 1 + ROOM // tile)}
 
 
 class Walks(NamedTuple):
@@ -139,11 +183,12 @@ def entered(
     if seq.count:
         totals[(bounds.numel() - 1, blocks)](
             *operands, *decays, *sums, bounds, seq.tokens,
-            **walks.numbers, D=size, BD=CHANNELS, **WALKED, AFTER=int(walks.after),
+            **walks.numbers, D=size, BD=CHANNELS, **staged(operands), AFTER=int(walks.after),
         )
         for decay, total, start, state, last in zip(decays, sums, starts, states, lasts):
             step[(seq.count, blocks)](
-                decay, total, start, state, last, cut, seq.tokens, D=size, BD=CHANNELS, **WALKED, AFTER=0,
+                decay, total, start, state, last, cut, seq.tokens, D=size, BD=CHANNELS, **staged([decay, total]),
+                AFTER=0,
             )
     return bounds, states, lasts
 
@@ -165,7 +210,7 @@ def walked(
     if seq.count:
         walks.walk[(walkers(seq, bounds), cdiv(size, CHANNELS))](
             *leaves, *states, *outs, *ends, bounds, seq.tokens,
-            **walks.numbers, D=size, BD=CHANNELS, **tile_of(seq), AFTER=int(walks.after),
+            **walks.numbers, D=size, BD=CHANNELS, **tile_of(seq, *leaves), AFTER=int(walks.after),
         )
     return states, ends if lasts is None else lasts
 
@@ -201,7 +246,7 @@ class Vector(torch.autograd.Function):
         if seq.count:
             walks.backward[(walkers(seq, bounds), cdiv(size, CHANNELS))](
                 *leaves, *d_outs, *outs, *states, *ends, *d_leaves, *d_states, bounds, seq.tokens,
-                **walks.numbers, D=size, BD=CHANNELS, **tile_of(seq), AFTER=int(walks.after),
+                **walks.numbers, D=size, BD=CHANNELS, **tile_of(seq, *leaves, *d_outs, *outs), AFTER=int(walks.after),
             )
         return (None, None, None, None, *d_leaves, *(d_states if d_starts is None else d_starts))
 

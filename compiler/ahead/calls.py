@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkc.backends.triton.tables import CUT
+from chunkc.backends.triton.tables import CUT, MANY
 
-FIRST, STEP = 40, 32  # the length of a unit's first sequence, and by how much others are longer
-LONG = 2 * CUT  # tokens, of few sequences; what is launched for them may be another kernel
-BATCHES = (2, 1)
+# Tokens of a unit's first sequence, and by how much others are longer: what is launched depends on the length, and on
+# how many sequences there are.
+FIRST, MIDDLE, STEP = 24, 200, 32
+LONG = 2 * CUT
+BATCHES = (2, 1, MANY)
 SEQUENCES = 3  # in a packed batch
 
 
@@ -83,7 +85,7 @@ class Caller:
 
     def all(self) -> None:
         """Every kind of call."""
-        lengths = {space: FIRST + k * STEP for k, space in enumerate(self.spaces)}
+        short, lengths = ({space: first + k * STEP for k, space in enumerate(self.spaces)} for first in (FIRST, MIDDLE))
         with torch.no_grad():
             for batch in BATCHES:
                 one = dict.fromkeys(self.spaces, 1)
@@ -92,12 +94,12 @@ class Caller:
         for gradients in (True, False):
             with torch.set_grad_enabled(gradients):
                 for batch in BATCHES:
+                    self.both(short, short, batch)
                     self.both(lengths, lengths, batch)
                 for keeps in (True, False):
                     self.call(dict.fromkeys(self.spaces, LONG), 1, keeps=keeps)
-                    if self.offsets:
-                        self.call(lengths, 1, packed=True, keeps=keeps)
-                        self.call(dict.fromkeys(self.spaces, LONG), 1, packed=True, keeps=keeps)
+                    for own in (short, lengths, dict.fromkeys(self.spaces, LONG)) if self.offsets else ():
+                        self.call(own, 1, packed=True, keeps=keeps)
 
     def both(self, lengths: Mapping[str, int], more: Mapping[str, int], batch: int) -> None:
         """A call by itself, one that keeps a state, and one that goes on from it."""
