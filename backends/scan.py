@@ -30,10 +30,10 @@ H I J D C LEVELS BI BJ BD DOT PRECISION PARTS BLOCK TILE LOG_SMALL tl triton tor
 col_i col_j has has_i has_j cell token inside start stop first count tile tiles block blocks_j head sequence
 step level upper lower pair inner outward flow crossing edges earlier later others left right types base before
 upto onward rounded is_mild exp chosen schedule offsets tokens each kept parts program blocks_i base sums since
-after halves levels log_gate masked_sum column_sum d_initial d_last low_i low_j up_i up_j from_start_i from_start_j
+after halves levels log_gate masked_sum d_initial d_last low_i low_j up_i up_j from_start_i from_start_j
 cdiv power_of_two places to_end_i to_end_j to_edge_i to_edge_j decay_i decay_j reads_i reads_j written_i written_j
 walk first_tile turn begin end own skipped place total_i total_j totals_i totals_j decayed_i decayed_j segment segments
-launch programs turns TURNS warps walked_tiles segment_of joined IDLE CUT JOINED SAFE SCHEDULES
+launch programs warps walked_tiles segment_of joined IDLE CUT JOINED SAFE SCHEDULES
 blocks column edges edge_states flow_of_reads flowing from_start gaps inverse near near_read next parts_i parts_j passed
 sums_i sums_i_read sums_j sums_j_read tile_start tile_stop to_end whole written same
 """

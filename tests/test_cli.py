@@ -520,6 +520,7 @@ def test_sigint_leaves_the_old_package(place: Path, when: int) -> None:
         "from chunkc import cli\n"
         "package = types.ModuleType('chunkc.backends.package')\n"
         "package.emit_files = lambda source, units, settings, schedules: {'__init__.py': f'N = {settings!r}\\n'}\n"
+        "package.tunable = None\n"
         "sys.modules['chunkc.backends.package'] = package\n"
         "real, calls = os.fsync, []\n"
         "def stop(handle):\n"

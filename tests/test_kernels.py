@@ -257,9 +257,6 @@ class Launches:
         }
         rows = self.table["tile_start_ptr"].numel() if launch.rows == "tiles" else len(self.batch.lengths) * segments
         blocks = [-(-self.sizes[s.upper()] // block) for s in launch.blocks]
-        if "turns" in kernel.arguments:
-            memory |= {"turns": 3, "tiles": rows}
-            rows = -(-rows // 3)
         grid = (rows * math.prod(blocks) * self.sizes["H"],) if blocks else (rows, self.sizes["H"])
         if launch.role == "token":  # a block of the side that no sum is over, all of the others
             own = free_side(self.scan.form, [])

@@ -431,7 +431,7 @@ def unique(names: list[str]) -> dict[str, list[Source]]:
 def compiled(name: str, source: Source, target: str, folder: Path) -> Any:
     kernel = sources(module(name, folder))[source.name]
     if target.startswith("gfx"):  # which has less memory on chip: see SAFE
-        return compile_kernel(kernel, target, 8)
+        return compile_kernel(kernel, target, 8, **{c: n for c, n in source.blocks if c not in ("BI", "BJ")})
     return compile_kernel(kernel, target, source.warps, stages=source.stages, **dict(source.blocks))
 
 

@@ -280,22 +280,6 @@ def _settings(w: Writer) -> None:
     w()
     w()
     w("@triton.jit")
-    with w.indented("def column_sum(x, PARTS: tl.constexpr):"):
-        w('"""The sum of all rows [D]; in parts, as `masked_sum`, a product: adding up across warps takes longer."""')
-        with w.indented("if PARTS == 0:"):
-            w("total = tl.sum(x, 0)")
-        with w.indented("else:"):
-            w("ones = tl.full((x.shape[0], 16), 1.0, tl.bfloat16)")
-            w("high = x.to(tl.bfloat16)")
-            w("sums = tl.dot(tl.trans(high), ones)")
-            with w.indented("if PARTS > 1:"):
-                w("low = (x - high.to(tl.float32)).to(tl.bfloat16)")
-                w("sums = tl.dot(tl.trans(low), ones, sums)")
-            w("total = tl.max(sums, 1)")
-        w("return total")
-    w()
-    w()
-    w("@triton.jit")
     with w.indented("def exp(x):"):
         w('"""A decay. What tl.exp does to keep results below 1e-38 is left out."""')
         w(f"return tl.exp2(x * {math.log2(math.e)})")
@@ -481,15 +465,14 @@ def _launch(form: ScanForm, kernels: dict[str, Kernel], launch: T.Kernel, w: Wri
         if not proven:
             _call(kernel, launch, w, {})
     with w.indented("elif tiles:"):
-        _call(kernel, launch, w, {**dict.fromkeys(_totals(form), "None"), "turns": "1"})
+        _call(kernel, launch, w, dict.fromkeys(_totals(form), "None"))
 
 
 def _call(kernel: Kernel, launch: T.Kernel, w: Writer, rename: dict[str, str]) -> None:
     """One kernel's call; `rename`: what the function around it calls some arguments."""
     parts = {f"parts_{s}": f'cdiv({s.upper()}, chosen["B{s.upper()}"])' for s in "ij"}
     count = " * ".join(parts[f"parts_{s}"] for s in launch.blocks)
-    named = {"tile_start": "start", "tile_stop": "stop", "first_tile": "first", "levels": "LEVELS", "upper_levels": "2",
-             "turns": "TURNS"}  # fmt: skip
+    named = {"tile_start": "start", "tile_stop": "stop", "first_tile": "first", "levels": "LEVELS", "upper_levels": "2"}
     arguments = [a.removesuffix("_ptr") for a in kernel.arguments]
     arguments = [{**named, **parts, **rename}.get(a, a) for a in arguments]
     given = {"C": "TILE", "AI": "power_of_two(I)", "AJ": "power_of_two(J)", "GATE_PARTS": "parts"}
@@ -497,8 +480,6 @@ def _call(kernel: Kernel, launch: T.Kernel, w: Writer, rename: dict[str, str]) -
     given |= {c: f'types["{c}"]' for c in ("DOT", "PRECISION", "PARTS", "LIMIT")}
     walked = launch.rows == "sequences"
     rows, walks = ("seq.count * segments", ", seq.count * H * segments") if walked else ("tiles", "")
-    if "turns" in kernel.arguments and "turns" not in rename:
-        rows = "cdiv(tiles, TURNS)"
     w(f'chosen = schedule("{kernel.name}", I, J, types{walks})')
     w(f"{kernel.name}[({rows} * H * {count},)](")
     w(f"    {', '.join(arguments)},")

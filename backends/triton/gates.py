@@ -36,7 +36,7 @@ class GateKernel(OneSide):
 
     def build(self) -> Kernel:
         b = self.b
-        self.t.at(self.t.program(self.x))
+        self.t.program(self.x)
         with b.when(self.t.some):
             self.inside()
         names = [*(g.name for g in self.form.gates), *self.names(self.x), *self.names(self.o)]

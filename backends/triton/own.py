@@ -17,42 +17,24 @@ class SideKernel(SideBase):
     """Builds one side kernel."""
 
     def build(self) -> Kernel:
-        number = self.t.program(self.x)
-        if self.looking:
-            first = self.b.let("first_tile", number * "turns")
-            count = self.b.let("count", call("tl.minimum", "turns", Expr("tiles") - first))
-            with self.b.loop("turn", count, "tiles") as turn:
-                self.tile(first + turn)
-        else:
-            self.tile(number)
-        arguments = [f"{g.name}_ptr" for g in self.form.gates]
-        arguments += [f"{n}_ptr" for n in [*self.own_names(), *self.far_names()]]
-        arguments += (["states_ptr"] if self.reads else []) + (["ends_ptr"] if self.writes else [])
-        arguments += [f"{r}_ptr" for r in self.outputs()]
-        arguments += [self.form.scales[m] for m in self.reading if self.form.scales[m]]
-        arguments += ["tile_start_ptr", "tile_stop_ptr", "tokens", "each", f"parts_{self.o}"]
-        arguments += ["turns", "tiles"] if self.looking else []
-        if (self.own or self.far) and self.plan.anchor != "start":
-            arguments.append(self.level_count())
-        if self.plan.only:
-            arguments += [f"totals_{g.side}_ptr" for g in self.form.gates if not g.thin]
-        return Kernel(self.name, self.doc(), tuple(dict.fromkeys(arguments)), self.t.closed())
-
-    @property
-    def looking(self) -> bool:
-        """Whether a program looks at some tiles for those left to it: there may be none, and a program for each takes
-        time to start. With a gate's gradient the loop would spill."""
-        return self.plan.only and self.plan.anchor != "start" and not self.plan.gate
-
-    def tile(self, number: Expr) -> None:
-        """A tile, if it is this kernel's."""
-        self.t.at(number)
+        self.t.program(self.x)
         wanted = self.t.some
         if self.plan.only:
             mild = self.t.is_mild([g for g in (self.own, self.far) if g is not None])
             wanted = wanted & (mild if self.plan.anchor == "start" else mild.same(0))
         with self.b.when(wanted):
             self.inside()
+        arguments = [f"{g.name}_ptr" for g in self.form.gates]
+        arguments += [f"{n}_ptr" for n in [*self.own_names(), *self.far_names()]]
+        arguments += (["states_ptr"] if self.reads else []) + (["ends_ptr"] if self.writes else [])
+        arguments += [f"{r}_ptr" for r in self.outputs()]
+        arguments += [self.form.scales[m] for m in self.reading if self.form.scales[m]]
+        arguments += ["tile_start_ptr", "tile_stop_ptr", "tokens", "each", f"parts_{self.o}"]
+        if (self.own or self.far) and self.plan.anchor != "start":
+            arguments.append(self.level_count())
+        if self.plan.only:
+            arguments += [f"totals_{g.side}_ptr" for g in self.form.gates if not g.thin]
+        return Kernel(self.name, self.doc(), tuple(dict.fromkeys(arguments)), self.t.closed())
 
     def inside(self) -> None:
         """All that is done to a tile."""

@@ -134,8 +134,7 @@ class _Walk:
                 gate = Expr(g.name)
             edge = t.from_start if self.reverse else t.to_end
             factors[g.side] = b.let(f"to_edge_{g.side}", edge(gate, g.thin))
-            added = call("tl.sum", gate, 1) if g.thin else call("column_sum", gate, "GATE_PARTS")
-            total = b.let(f"total_{g.side}", added)
+            total = b.let(f"total_{g.side}", call("tl.sum", gate, 1 if g.thin else 0))
             b.add(Expr(f"decayed_{g.side}"), total)
             decay = decay * (exp(total).rows if g.side == "i" else exp(total).cols)
         tile = b.let("tile", (Expr("first_tile") + place) * "H" + "head")

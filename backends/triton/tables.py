@@ -21,7 +21,6 @@ SIDES: tuple[Schedule, ...] = ((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), 
 GATES: tuple[Schedule, ...] = ((64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 1))
 IDLE = 128  # programs that leave a GPU idle
 CUT = 4096  # tokens of a segment, where sequences are cut
-TURNS = 8  # tiles that a program looks at, where there may be none that is left to it
 MANY = 256  # sequences and heads that fill a GPU with a program each
 JOINED = 512  # numbers of a state that a program takes along segments
 
@@ -71,7 +70,6 @@ def emit_schedules(made: list[tuple[ScanForm, dict[str, Kernel]]], tuned: Mappin
     w(f"IDLE = {IDLE}  # programs that leave a GPU idle: then walks over tiles have the narrower blocks, and so more;")
     w(f"CUT = {CUT}  # and if these leave it idle, too, each walks over a segment of so many tokens")
     w(f"JOINED = {JOINED}  # numbers of a state that a program takes along segments")
-    w(f"TURNS = {TURNS}  # tiles that a program looks at, where there may be none that is left to it")
     with w.indented("SCHEDULES: dict[str, tuple[int, int, int, int]] = {"):
         for name, schedule in table.items():
             tail = f"  # tuned; {schedule} before" if tuned.get(name, schedule) != schedule else ""

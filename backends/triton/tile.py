@@ -59,30 +59,25 @@ class Tile:
 
     # -- where it lies -------------------------------------------------------------------------------------------------
 
-    def program(self, side: Side) -> Expr:
-        """A program has one block of a side of one tile and head; those of a tile are neighbours, for the cache. Its
-        number among those of the tiles."""
+    def program(self, side: Side) -> None:
+        """A program has one block of a side of one tile and head; those of a tile are neighbours, for the cache."""
         b, size = self.b, SIZE[side]
         program = b.let("program", call("tl.program_id", 0))
         blocks = b.let("blocks", call("tl.cdiv", size, block(side)))
         b.let("block", program % blocks)
         b.let("head", program // blocks % "H")
+        tile = b.let("tile", (program // blocks // "H").to("tl.int64"))
+        start = b.let("start", call("tile_start", "tile_start_ptr", tile, "tokens", "each", "C"))
+        b.let("stop", call("tile_stop", "tile_stop_ptr", tile, "tokens", "each"))
         b.let("row", call("tl.arange", 0, "C"))
-        self.masks_at = len(b.body)
-        self.columns(side, Expr("block"))
-        return (program // blocks // "H").to("tl.int64")
-
-    def at(self, number: Expr) -> None:
-        """A tile, and where it lies."""
-        tile = self.b.let("tile", number)
-        start = self.b.let("start", call("tile_start", "tile_start_ptr", tile, "tokens", "each", "C"))
-        self.b.let("stop", call("tile_stop", "tile_stop_ptr", tile, "tokens", "each"))
         self.cells(start)
+        self.columns(side, Expr("block"))
 
     def cells(self, start: Expr) -> None:
         """Which tokens there are, and the tile's first one among the heads of all tokens."""
         self.b.let("inside", start + "row" < "stop")
         self.b.let("base", start * "H" + "head")
+        self.masks_at = len(self.b.body)
 
     def columns(self, side: Side, number: Expr) -> None:
         """A block's columns of a side and which exist."""

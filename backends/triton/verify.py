@@ -23,7 +23,6 @@ NUMBERS = (
     "rows",
     "sequences",
     "tiles",
-    "turns",
     "tokens",
     "each",
     "segment",
@@ -223,7 +222,7 @@ class _Walk:
             if e.op == "walk_back":
                 self.same(args[2].shape, args[0].shape[1:])
             return Known(args[0].shape if e.op == "walk_back" else args[0].shape[1:])
-        if e.op in ("product", "column_sum"):
+        if e.op == "product":
             return Known(args[0].shape[1:])
         if e.op in ("tl.sum", "tl.max", "tl.min"):
             return self.sum(e, args[0], keywords)
