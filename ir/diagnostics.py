@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-SPEC, TUNING = ".spec", ".tuning.json"
+TUNING = ".tuning.json"  # behind the name of a spec: what was found by tuning it
 MAX_BYTES = 1 << 20
 
 
@@ -52,8 +52,8 @@ class SourceFile:
                 raise CompileError([error("too-large", f"'{shown}' is over 1 MiB", span)])
             text, beside = path.read_bytes().decode("utf-8"), path.with_suffix(TUNING)
             tuning = None
-            if path.suffix == SPEC and beside.is_file():
-                tuning = SourceFile.read(beside, shown.removesuffix(SPEC) + TUNING)
+            if not path.name.endswith(TUNING) and beside.is_file():
+                tuning = SourceFile.read(beside, str(PurePath(shown).with_suffix(TUNING)))
             return SourceFile(shown, text, path, tuning=tuning)
         except OSError as reason:
             raise CompileError(

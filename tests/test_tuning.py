@@ -13,8 +13,9 @@ from test_bench import GLA
 
 import chunkc
 from chunkc import cli
-from chunkc.artifact import fingerprint
-from chunkc.backends.package import tunable
+from chunkc.artifact import fingerprint, pack, replace_folder
+from chunkc.backends.package import emit_files, tunable
+from chunkc.bench.parts import parts_of
 from chunkc.bench.sizes import BenchError
 from chunkc.driver import compile_source
 from chunkc.ir.diagnostics import CompileError, SourceFile
@@ -131,6 +132,18 @@ def test_candidates_begin_with_what_is_untuned(tmp_path: Path) -> None:
     known = tunable(SourceFile.read(path), compile_source(SourceFile.read(path)).units)
     assert {name: found[0] for name, found in known.items()} == schedules_in(chunkc.build(path, tmp_path / "out"))
     assert all(len(set(found)) == len(found) > 3 for found in known.values())
+
+
+@pytest.mark.parametrize("units, prefix", [(GLA, ""), (GLA + GLA.replace("gla", "other"), "gla_")], ids=["one", "two"])
+def test_what_is_timed_is_tuned(tmp_path: Path, units: str, prefix: str) -> None:
+    """The package of a part, that of one unit alone."""
+    path = written(tmp_path, tuning(**{f"{prefix}S_read_j": OTHER}).text())
+    path.write_text(units)
+    compiled = compile_source(SourceFile.read(path))
+    assert schedules_in(chunkc.build(path, tmp_path / "out"))[f"{prefix}S_read_j"] == OTHER
+    (part,) = parts_of(compiled, compiled.checked.module.units[0])
+    replace_folder(pack(part.compiled, emit_files, {}), tmp_path / "part")
+    assert schedules_in(tmp_path / "part")["S_read_j"] == OTHER
 
 
 # -- the search --------------------------------------------------------------------------------------------------------

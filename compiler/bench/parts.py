@@ -14,6 +14,7 @@ from chunkc.facts import facts
 from chunkc.ir import nodes as N
 from chunkc.ir.graph import Graph, Module, Unit
 from chunkc.ir.ranges import Ranges
+from chunkc.ir.tuning import Tuning
 from chunkc.pipeline import run
 
 TAKEN = frozenset(("check", "cu_seqlens", "initial_state", "output_final_state"))  # arguments of every emitted op
@@ -56,7 +57,17 @@ def _title(unit: Unit, node: N.Recur | N.Attend) -> str:
 def _alone(compiled: Compiled, unit: Unit) -> Compiled:
     module = Module(file=compiled.checked.module.file, units=(unit,))
     checked = replace(compiled.checked, module=module, warnings=())
-    return Compiled(checked, (unit.evolve(graph=run(unit.graph)),))
+    return Compiled(checked, (unit.evolve(graph=run(unit.graph)),), _tuning(compiled, unit))
+
+
+def _tuning(compiled: Compiled, unit: Unit) -> Tuning | None:
+    """What was found by tuning the file, with the names that the unit's kernels have where it is alone."""
+    tuning = compiled.tuning
+    if tuning is None or len(compiled.units) == 1:
+        return tuning
+    own = f"{unit.name}_"
+    kernels = {name.removeprefix(own): row for name, row in tuning.kernels.items() if name.startswith(own)}
+    return tuning.model_copy(update={"kernels": kernels})
 
 
 def core(unit: Unit, node: N.Recur | N.Attend) -> Unit | None:
