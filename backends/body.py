@@ -331,7 +331,7 @@ class Body(Loops):
             whole = self.seq(home)
             self.w(f"{before} = {before}.reshape({', '.join([f'{whole}.rows', f'{whole}.tokens', *axes])})")
             self.names[read] = before
-        absent = f"None if {last} is None else " if node.name in self.optional else ""
+        absent = f"None if {state_name(node.name)} is None else " if node.name in self.optional else ""
         final = f"{last}.reshape({', '.join([f'{seq}.count', *axes])})"
         self.scan_out(node, final, axes, self.outs(node).get(1), absent)
 

@@ -35,6 +35,7 @@ from chunkc.ir.axes import Number
 from chunkc.ir.diagnostics import CompileError, SourceFile, Span, error
 from chunkc.ir.graph import Unit
 from chunkc.ir.tuning import Schedule
+from chunkc.tuning import tuned_as
 
 FORMAT = 1  # of the manifest
 CONTRACT = 1  # between an emitted package and the code that imports it
@@ -141,8 +142,8 @@ def fingerprint(source: SourceFile, settings: Mapping[str, Number], ahead: Mappi
     parts: list[object] = [source.name, spelled, chosen, __version__, compiler_sha256(), FORMAT, CONTRACT]
     if ahead is not None:
         parts.append(sorted(ahead.items()))
-    if source.tuning is not None:
-        parts.append(source.tuning.text)
+    if tuned := tuned_as(source):
+        parts.append(tuned)
     return sha256(json.dumps(parts))
 
 

@@ -15,6 +15,7 @@ from chunkc.cache import is_valid
 from chunkc.driver import Compiled, compile_source
 from chunkc.ir.axes import Number
 from chunkc.ir.diagnostics import Diagnostic, SourceFile, Span
+from chunkc.tuning import tuning_path
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,10 @@ def build_source(source: SourceFile, out: Path, settings: Mapping[str, Number], 
 def stale(compiled: Compiled) -> list[Diagnostic]:
     """A warning if tuning found schedules for kernels that the package does not have."""
     source, tuning = compiled.checked.source, compiled.tuning
-    if tuning is None or source.tuning is None:
-        return []
-    strange = sorted(set(tuning.kernels) - set(tunable(source, compiled.units)))
+    strange = sorted(set(tuning.kernels) - set(tunable(source, compiled.units))) if tuning is not None else []
     if not strange:
         return []
-    name = source.tuning.name
+    name = str(tuning_path(source.path))
     return [Diagnostic("stale-tuning", f"'{name}' has schedules of kernels that '{source.name}' has not",
                        Span(name, 0, 0), severity="warning", notes=(f"they are {', '.join(strange)}",),
                        hints=("chunkc tune finds those of the kernels that there are",))]  # fmt: skip

@@ -61,7 +61,7 @@ class Session:
         source = _stdin() if path == "-" else SourceFile.read(Path(path), name or path)
         with suppress(CompileError):  # what cannot be used is reported where the file is checked
             source = gather(source)
-        self.sources |= {s.name: s for s in source.all()}
+        self.sources |= {s.name: s for s in (source, *source.used)}
         return source
 
     @contextmanager
@@ -272,13 +272,14 @@ def explain(session: Session, what: str, as_json: bool, mask: bool, length: int,
         text = _page(what)
         click.echo(json.dumps({"code": what, "text": text}, indent=2) if as_json else text.rstrip("\n"))
         return CLEAN
+    from chunkc.building import stale
     from chunkc.driver import compile_source
     from chunkc.explain import mesh_sizes, place_asked, sizes_as_usage
     from chunkc.facts import facts, render_facts
 
     with session.collecting():
         compiled = compile_source(session.read(what))
-        session.found.extend(compiled.checked.warnings)
+        session.found.extend([*compiled.checked.warnings, *stale(compiled)])
         if mask or png is not None:
             _draw(compiled, length, chosen, png)
             return session.finish()
@@ -455,6 +456,7 @@ def graph(session: Session, file: str, level: str, form: str) -> int:
 def bench(session: Session, /, file: Path, as_json: Path | None, png: Path | None, **asked: Any) -> int:
     """Time an emitted layer or op against PyTorch's attention and fla, and against the memory limit."""
     from chunkc.bench.verb import run_verb
+    from chunkc.building import stale
     from chunkc.driver import compile_source
 
     if str(file) == "-":
@@ -462,7 +464,7 @@ def bench(session: Session, /, file: Path, as_json: Path | None, png: Path | Non
     failed = CLEAN
     with session.collecting():
         compiled = compile_source(session.read(str(file)))
-        session.found.extend(compiled.checked.warnings)
+        session.found.extend([*compiled.checked.warnings, *stale(compiled)])
         failed = run_verb(compiled, file, as_json, png, asked, session.talk)
     return max(failed, session.finish())
 
@@ -489,7 +491,7 @@ def tune(session: Session, /, file: Path, **asked: Any) -> int:
     if str(file) == "-":
         raise click.UsageError("what is found is written beside the file: tune does not read stdin")
     with session.collecting():
-        compiled = compile_source(replace(session.read(str(file)), tuning=None))
+        compiled = compile_source(session.read(str(file)), tuned=False)
         session.found.extend(compiled.checked.warnings)
         click.echo(run_verb(compiled, file, asked, session.talk))
     return session.finish()

@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from chunkc.dsl.check import Exports, check
 from chunkc.dsl.parser import parse, parse_partial
 from chunkc.dsl.tree import File, Use
 from chunkc.dsl.uses import gather, home
-from chunkc.ir.diagnostics import CompileError, Diagnostic, SourceFile, Span, error
+from chunkc.ir.diagnostics import CompileError, Diagnostic, SourceFile
 from chunkc.ir.graph import Module, Unit
 from chunkc.ir.nodes import Recur
 from chunkc.ir.tuning import Tuning
 from chunkc.pipeline import PASSES, Pass, run, upto
 from chunkc.sharding import refusals
+from chunkc.tuning import read_tuning
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Checked:
 
     @property
     def sources(self) -> dict[str, SourceFile]:
-        return {s.name: s for s in self.source.all()}
+        return {s.name: s for s in (self.source, *self.source.used)}
 
 
 @dataclass(frozen=True)
@@ -94,37 +93,20 @@ def judge(source: SourceFile) -> tuple[Diagnostic, ...]:
     return compile_source(source, upto("normalize")).checked.warnings
 
 
-def compile_source(source: SourceFile, passes: tuple[Pass, ...] = PASSES) -> Compiled:
-    """Check, then bring every unit to normal form, and its scans to whatever the passes derive from them.
+def compile_source(source: SourceFile, passes: tuple[Pass, ...] = PASSES, tuned: bool = True) -> Compiled:
+    """Check, then bring every unit to normal form, and its scans to whatever the passes derive from them. `tuned`: with
+    what lies beside the file.
 
     Raises:
-        CompileError: as `check_source`, or where a unit cannot be shared as its parallel layout demands; `bad-tuning`.
+        CompileError: as `check_source`, or where a unit cannot be shared as its parallel layout demands, or as
+            `read_tuning`.
     """
-    checked, tuning = check_source(source), read_tuning(source)
+    checked, tuning = check_source(source), read_tuning(source) if tuned else None
     units = tuple(u.evolve(graph=run(u.graph, passes)) for u in checked.module.units)
     if refused := [d for u in units for d in refusals(u)]:
         raise CompileError(refused)
     found = [w for u in units for w in warnings_of(u)]
     return Compiled(replace(checked, warnings=(*checked.warnings, *found)), units, tuning)
-
-
-def read_tuning(source: SourceFile) -> Tuning | None:
-    """What was found by tuning a file.
-
-    Raises:
-        CompileError: `bad-tuning` if what lies beside it is no tuning file.
-    """
-    if source.tuning is None:
-        return None
-    try:
-        return Tuning.model_validate_json(source.tuning.text)
-    except ValidationError as reason:
-        first = reason.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        why = f"{place}: {first['msg']}" if place else first["msg"]
-        name, hint = source.tuning.name, "chunkc tune writes it anew; without it kernels have the schedules of chunkc"
-        raise CompileError([error("bad-tuning", f"'{name}' is no tuning file", Span(name, 0, 0), notes=(why,),
-                                  hints=(hint,))]) from None  # fmt: skip
 
 
 def warnings_of(unit: Unit) -> list[Diagnostic]:

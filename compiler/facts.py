@@ -8,9 +8,10 @@ from typing import Any
 
 from chunkc.backends.operations import is_sharded
 from chunkc.backends.operations import operations as layout_operations
+from chunkc.backends.package import tunable
 from chunkc.backends.scan import LIMIT, scan_form
 from chunkc.backends.states import caches, whole_reason
-from chunkc.backends.triton.emit import attention_of
+from chunkc.backends.triton.emit import attention_of, prefix_of
 from chunkc.backends.triton.pairs import NoKernel
 from chunkc.backends.writer import Lines
 from chunkc.driver import Compiled
@@ -23,6 +24,7 @@ from chunkc.ir.graph import Graph, Unit
 from chunkc.ir.ranges import Ranges
 from chunkc.ir.updates import absorbed, scaled_reads
 from chunkc.passes.chunk import TILE
+from chunkc.tuning import tuning_path
 
 SCHEMA = 1
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -91,13 +93,15 @@ def _unit(source: SourceFile, semantic: Unit, unit: Unit) -> dict[str, Any]:
 
 
 def _tuning(compiled: Compiled, unit: Unit) -> dict[str, Any] | None:
-    """Where the schedules of a unit's kernels come from, if they were tuned."""
-    file, tuning = compiled.checked.source.tuning, compiled.tuning
-    if file is None or tuning is None or tuning.unit != unit.name:
+    """Where the schedules of a unit's kernels come from, if some of them were tuned."""
+    source, tuning, file = compiled.checked.source, compiled.tuning, tuning_path(compiled.checked.source.path)
+    if tuning is None or file is None:
         return None
-    changed = sorted(name for name, row in tuning.kernels.items() if row.schedule != row.default)
-    return {"file": file.name, "device": tuning.device, "shape": tuning.shape, "kernels": len(tuning.kernels),
-            "changed": changed}  # fmt: skip
+    prefix = prefix_of(unit, compiled.units)
+    own = [n for n in tunable(source, compiled.units) if n in tuning.kernels and n.startswith(prefix)]
+    changed = [n for n in own if tuning.kernels[n].schedule != tuning.kernels[n].default]
+    return {"file": file.name, "device": tuning.device, "shape": tuning.shape, "kernels": len(own),
+            "changed": sorted(changed)} if own else None  # fmt: skip
 
 
 def _tensor(source: SourceFile, graph: Graph, name: str, node: N.AnyNode) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
-TUNING = ".tuning.json"  # behind the name of a spec: what was found by tuning it
 MAX_BYTES = 1 << 20
 
 
@@ -28,17 +27,16 @@ class Span:
 @dataclass(frozen=True)
 class SourceFile:
     """A file's text under the name that diagnostics show; `used` are the files that it uses, themselves or through
-    others, those first that others need; `tuning` lies beside it, as `gla.tuning.json` beside `gla.spec`."""
+    others, those first that others need."""
 
     name: str
     text: str
     path: Path | None = None
     used: tuple[SourceFile, ...] = ()
-    tuning: SourceFile | None = None
 
     @staticmethod
     def read(path: Path, name: str | None = None) -> SourceFile:
-        """Read UTF-8 text, and the tuning file beside it if there is one.
+        """Read UTF-8 text.
 
         Raises:
             CompileError: `cannot-read` if the file is missing, no file, or not UTF-8; `too-large` above 1 MiB.
@@ -50,21 +48,13 @@ class SourceFile:
                 raise CompileError([error("cannot-read", f"there is no file '{shown}'", span)])
             if path.stat().st_size > MAX_BYTES:
                 raise CompileError([error("too-large", f"'{shown}' is over 1 MiB", span)])
-            text, beside = path.read_bytes().decode("utf-8"), path.with_suffix(TUNING)
-            tuning = None
-            if not path.name.endswith(TUNING) and beside.is_file():
-                tuning = SourceFile.read(beside, str(PurePath(shown).with_suffix(TUNING)))
-            return SourceFile(shown, text, path, tuning=tuning)
+            return SourceFile(shown, path.read_bytes().decode("utf-8"), path)
         except OSError as reason:
             raise CompileError(
                 [error("cannot-read", f"cannot read '{shown}': {reason.strerror or reason}", span)]
             ) from None
         except (UnicodeDecodeError, ValueError):
             raise CompileError([error("cannot-read", f"'{shown}' is not UTF-8 text", span)]) from None
-
-    def all(self) -> tuple[SourceFile, ...]:
-        """Itself, what it uses, and what lies beside it."""
-        return (self, *self.used, *(() if self.tuning is None else (self.tuning,)))
 
     def of(self, file: str) -> SourceFile:
         """The file of this name: itself, or one that it uses."""

@@ -28,7 +28,7 @@ def _launchable(s: Schedule) -> Schedule:
 class Tuned(BaseModel):
     """A kernel's schedule, what it takes in ms, and the one that it had before."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     schedule: Annotated[Schedule, AfterValidator(_launchable)]
     ms: float = Field(gt=0)
@@ -39,11 +39,11 @@ class Tuned(BaseModel):
 class Tuning(BaseModel):
     """A tuning file. Kernels are named as in `SCHEDULES` of the emitted package."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     generator: Literal["chunkc"] = "chunkc"
     format: Literal[1] = 1
-    device: str
+    device: str = Field(pattern=r"^[^\x00-\x1f]*$")
     dtype: Literal["bf16"] = "bf16"
     unit: str
     settings: dict[str, bool | int | float]

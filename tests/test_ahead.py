@@ -17,7 +17,9 @@ import cases
 import pytest
 import torch
 import triton
+from emitted import emit
 from shipped import SPECS, TEXTS
+from test_language import CHUNKED
 
 import chunkc
 from chunkc import building, cli
@@ -319,3 +321,13 @@ def test_kernels_that_do_not_fit_are_warned_of() -> None:
 
 def test_what_could_not_be_made_is_said() -> None:
     assert Made({}, (), "no C compiler was found").report(AHEAD)[-1].strip() == "no C compiler was found"
+
+
+def test_whole_chunks_are_among_the_calls(tmp_path: Path) -> None:
+    """Chunks that are all equally long are rows of a dense batch: no tensor says where they lie."""
+    module, _, (unit,) = emit(CHUNKED.replace("RULE", "fixed(7)"), tmp_path, "chunked.spec")
+    found, launched = jitted(vars(calls.with_kernels(module))), set()
+    for kernel in found:
+        kernel.run = lambda *args, _of=kernel, **more: launched.add((_of.__name__, args[-2] is None, more.get("C")))
+    calls.Caller(module, request_unit(unit, {"width": 3}), torch.bfloat16).all()
+    assert {(name, rows, 16) for name in ("z_walk", "z_backward") for rows in (True, False)} <= launched

@@ -208,6 +208,43 @@ def test_weights_named_as_what_a_module_has(tmp_path: Path) -> None:
     torch.testing.assert_close(layer(x), x @ layer.half_.weight * (x @ layer.half__.weight))
 
 
+CHUNKED = """op chunked(width: int) {
+  axes { t: time, e = width }
+  input g[t, e] in [0, 1], x[t, e], id[t]: int
+  chunk c of t = RULE
+  recurrence over t within c {
+    state z[e]
+    z = g * z + x
+  }
+  output z
+}
+"""
+
+
+@pytest.mark.parametrize("rule", ["fixed(4)", "fixed(1)", "parts(3)", "runs(id)"])
+@pytest.mark.parametrize("cuts", [None, [0, 5, 5, 12], [0, 12]], ids=["dense", "packed", "one"])
+@pytest.mark.parametrize("tokens", [12, 8, 1])
+def test_no_state_of_chunks_is_asked_for(rule: str, cuts: list[int] | None, tokens: int, tmp_path: Path) -> None:
+    """Results are the same whether a state is asked for or not, and are those of a loop over tokens."""
+    module, _, _ = emit(CHUNKED.replace("RULE", rule), tmp_path, "chunked.spec")
+    torch.manual_seed(0)
+    offsets = None if cuts is None else torch.tensor([min(c, tokens) for c in cuts])
+    rows = 2 if cuts is None else 1
+    g, x = torch.rand(2, rows, tokens, 3, dtype=torch.float64)
+    ids = torch.arange(tokens).expand(rows, tokens) // 3
+    calls = [module.chunked(g, x, ids, cu_seqlens=offsets, output_final_state=asked) for asked in (False, True)]
+    assert calls[0][1] is None and calls[1][1] is not None
+    assert torch.equal(calls[0][0], calls[1][0])
+    if rule.startswith("fixed"):
+        n, starts = int(rule[6:-1]), [0] if offsets is None else offsets.tolist()
+        wanted, state = torch.empty_like(x), torch.zeros(rows, 3, dtype=torch.float64)
+        for t in range(tokens):
+            begin = max(s for s in starts if s <= t)
+            state = g[:, t] * state * ((t - begin) % n > 0) + x[:, t]
+            wanted[:, t] = state
+        torch.testing.assert_close(calls[0][0], wanted)
+
+
 def test_runs_of_no_tokens(tmp_path: Path) -> None:
     """A recurrence within chunks where there is none."""
     text = """causal op runs_(n: int) {

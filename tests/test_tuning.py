@@ -77,6 +77,8 @@ def test_what_is_loaded_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     loaded = [chunkc.load(path)]
     written(tmp_path, tuning(S_read_j=OTHER).text())
     assert fingerprint(SourceFile.read(path), {}) != untuned
+    slower = tuning(S_read_j=OTHER).text().replace('"ms": 1.0', '"ms": 1.5')
+    assert fingerprint(SourceFile.read(written(tmp_path, slower)), {}) == fingerprint(SourceFile.read(path), {})
     loaded.append(chunkc.load(path))
     first, second = (schedules_in(Path(str(m.__file__)).parent)["S_read_j"] for m in loaded)
     assert first != second == OTHER
@@ -90,6 +92,9 @@ def test_the_file_reads_back() -> None:
 
 BAD = {
     "": "nothing",
+    tuning(S_states=B).text().replace("64,\n", '"64",\n', 1): "no number",
+    tuning(S_states=B).text().replace('"ms": 1.0', '"ms": Infinity'): "for ever",
+    tuning().text().replace('"device": "GPU"', '"device": "GPU\\nerror"'): "two lines",
     "{": "no JSON",
     json.dumps({**json.loads(tuning().text()), "format": 2}): "another version",
     tuning(S_states=B).text().replace("3\n", "9\n", 1): "nine stages",
@@ -116,6 +121,9 @@ def test_a_tuning_of_other_kernels_is_said_to_be_stale(tmp_path: Path, capsys: p
     assert cli.run(["build", str(path), "-o", str(tmp_path)]) == 0
     said = capsys.readouterr().err
     assert "stale-tuning" in said and "R_read_j" in said and "S_read_j" not in said
+    assert cli.run(["explain", str(path)]) == 0
+    found = capsys.readouterr()
+    assert "stale-tuning" in found.err and "1 of 1 schedules are others" in found.out
     assert schedules_in(tmp_path / "gla")["S_read_j"] == OTHER
 
 
@@ -132,6 +140,33 @@ def test_candidates_begin_with_what_is_untuned(tmp_path: Path) -> None:
     known = tunable(SourceFile.read(path), compile_source(SourceFile.read(path)).units)
     assert {name: found[0] for name, found in known.items()} == schedules_in(chunkc.build(path, tmp_path / "out"))
     assert all(len(set(found)) == len(found) > 3 for found in known.values())
+
+
+@pytest.mark.parametrize("kind", ["folder", "dangling", "latin"])
+def test_what_cannot_be_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    path, file = written(tmp_path), tmp_path / "gla.tuning.json"
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "dangling":
+        file.symlink_to(tmp_path / "nowhere")
+    else:
+        file.write_bytes(b"\xe9")
+    assert cli.run(["build", str(path), "-o", str(tmp_path / "out")]) == 1
+    assert "cannot-read" in capsys.readouterr().err
+    assert cli.run(["fmt", "--check", str(path)]) == 0, "which has nothing to do with it"
+
+
+def test_only_the_file_that_is_built_is_tuned(tmp_path: Path) -> None:
+    """What lies beside a file that it uses, or beside one of another suffix, is of no account."""
+    path = written(tmp_path)
+    (tmp_path / "lib.spec").write_text("fn twice[a](x) = 2 * x\n")
+    (tmp_path / "lib.tuning.json").write_text("[]")
+    path.write_text('use "lib.spec"\n' + GLA)
+    assert not chunkc.check(path)
+    (tmp_path / "other.txt").write_text(GLA)
+    (tmp_path / "other.tuning.json").write_text("[]")
+    assert cli.run(["explain", str(tmp_path / "other.txt")]) == 0
+    assert cli.run(["tune", str(tmp_path / "other.txt")]) == 2
 
 
 @pytest.mark.parametrize("units, prefix", [(GLA, ""), (GLA + GLA.replace("gla", "other"), "gla_")], ids=["one", "two"])

@@ -68,7 +68,7 @@ class Chunks:
         if start is None and not seq.packed:
             count = -(-seq.tokens // n)
             own, spans = Sequences(seq.rows, count, None, seq.like), None
-            if not seq.blind and seq.tokens % n == 0 and seq.tokens > 0:
+            if not torch.compiler.is_compiling() and seq.tokens % n == 0 and seq.tokens > 0:
                 spans = Sequences(seq.rows * count, n, None, seq.like)
 
             def inner() -> Sequences:

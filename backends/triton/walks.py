@@ -134,7 +134,7 @@ def product(x):
 LAUNCHES = '''
 def tile_of(seq: Sequences, *loaded: Tensor) -> dict[str, int]:
     """How a program walks, with tiles to come of what it loads as far as there is room for them. A part has as many
-    rows in either way, and up to two parts one has the bits of the other."""
+    rows in either way, and up to two parts results have the same bits."""
     if seq.most <= 2 * SHORT["C"]:
         return SHORT
     return staged(loaded)

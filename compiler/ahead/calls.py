@@ -86,6 +86,7 @@ class Caller:
     def all(self) -> None:
         """Every kind of call."""
         short, lengths = ({space: first + k * STEP for k, space in enumerate(self.spaces)} for first in (FIRST, MIDDLE))
+        chunks = dict.fromkeys(self.spaces, 2 * self.unit["chunk"])  # whole ones are rows of a batch
         with torch.no_grad():
             for batch in BATCHES:
                 one = dict.fromkeys(self.spaces, 1)
@@ -94,8 +95,8 @@ class Caller:
         for gradients in (True, False):
             with torch.set_grad_enabled(gradients):
                 for batch in BATCHES:
-                    self.both(short, short, batch)
-                    self.both(lengths, lengths, batch)
+                    for own in (short, lengths, chunks):
+                        self.both(own, own, batch)
                 for keeps in (True, False):
                     self.call(dict.fromkeys(self.spaces, LONG), 1, keeps=keeps)
                     for own in (short, lengths, dict.fromkeys(self.spaces, LONG)) if self.offsets else ():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -182,7 +183,9 @@ def request_unit(unit: Unit, values: Mapping[str, Number]) -> dict[str, Any]:
         return {"shape": shape, "dtype": node.dtype}
 
     inputs = {n.name: n for n in unit.graph.of_kind(N.Input)}
+    fixed = [int(n.n.evaluate(values)) for n in unit.graph.of_kind(N.Segment) if n.rule == "fixed" and n.n is not None]
     return {
+        "chunk": math.lcm(*fixed),
         "name": unit.name, "public": public(unit.name), "kind": unit.kind,
         "settings": {public(name): value for name, value in values.items()},
         "inputs": {public(name): tensor(inputs[name]) for name in unit.inputs},

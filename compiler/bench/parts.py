@@ -41,11 +41,11 @@ class Part:
 
 def parts_of(compiled: Compiled, unit: Unit) -> list[Part]:
     """A unit of a checked file; if it is a layer, its cores too."""
-    whole = Part(f"{unit.kind} {unit.name}", _alone(compiled, unit))
+    whole = Part(f"{unit.kind} {unit.name}", _alone(compiled, unit, unit))
     if unit.kind == "op":
         return [whole]
     found = [(node, core(unit, node)) for node in unit.graph.of_kind(N.Recur, N.Attend)]
-    return [whole, *(Part(_title(unit, node), _alone(compiled, c)) for node, c in found if c is not None)]
+    return [whole, *(Part(_title(unit, node), _alone(compiled, c, unit)) for node, c in found if c is not None)]
 
 
 def _title(unit: Unit, node: N.Recur | N.Attend) -> str:
@@ -54,18 +54,19 @@ def _title(unit: Unit, node: N.Recur | N.Attend) -> str:
     return f"recurrence {', '.join(c.name for c in node.carried)} of {unit.name}"
 
 
-def _alone(compiled: Compiled, unit: Unit) -> Compiled:
+def _alone(compiled: Compiled, unit: Unit, owner: Unit) -> Compiled:
+    """A unit as if it were the file's only one; `owner` is the file's unit that it is, or is a part of."""
     module = Module(file=compiled.checked.module.file, units=(unit,))
     checked = replace(compiled.checked, module=module, warnings=())
-    return Compiled(checked, (unit.evolve(graph=run(unit.graph)),), _tuning(compiled, unit))
+    return Compiled(checked, (unit.evolve(graph=run(unit.graph)),), _tuning(compiled, owner))
 
 
-def _tuning(compiled: Compiled, unit: Unit) -> Tuning | None:
-    """What was found by tuning the file, with the names that the unit's kernels have where it is alone."""
+def _tuning(compiled: Compiled, owner: Unit) -> Tuning | None:
+    """What was found by tuning the file, with the names that a unit's kernels have where it is alone."""
     tuning = compiled.tuning
     if tuning is None or len(compiled.units) == 1:
         return tuning
-    own = f"{unit.name}_"
+    own = f"{owner.name}_"
     kernels = {name.removeprefix(own): row for name, row in tuning.kernels.items() if name.startswith(own)}
     return tuning.model_copy(update={"kernels": kernels})
 

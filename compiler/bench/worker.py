@@ -55,7 +55,7 @@ class Candidate(Protocol):
 
 def request_part(request: Mapping[str, Any]) -> Part:
     path = Path(request["file"])
-    compiled = compile_source(SourceFile.read(path, path.name))
+    compiled = compile_source(SourceFile.read(path, path.name), tuned=request.get("tuned", True))
     unit = next(u for u in compiled.checked.module.units if u.name == request["unit"])
     index: int = request["part"]
     return parts_of(compiled, unit)[index]

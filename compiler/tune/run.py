@@ -51,7 +51,8 @@ class Found:
 
 
 def tune(compiled: Compiled, path: Path, options: Options, jobs: int, talk: Talk) -> Found:
-    """Search on the GPU at hand, at the sizes of `options`; `jobs` trials are compiled and checked at once.
+    """Search on the GPU at hand, at the sizes of `options`; `compiled` is without a tuning file. `jobs` trials are
+    compiled and checked at once.
 
     Raises:
         BenchError: if there is no GPU, nothing to tune, or what is untuned or what was found is wrong.
@@ -62,8 +63,8 @@ def tune(compiled: Compiled, path: Path, options: Options, jobs: int, talk: Talk
     sizes, base = asked(unit, parts_of(compiled, unit), path, replace(options, dtype="bf16"), "cuda")
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "untuned"
-        replace_folder(pack(replace(compiled, tuning=None), emit_files, {}), package)
-        request = {**base, "part": 0, "package": str(package)}
+        replace_folder(pack(compiled, emit_files, {}), package)
+        request = {**base, "part": 0, "package": str(package), "tuned": False}
 
         def trial(task: str, table: Table) -> Mapping[str, Any]:
             return attempt({**request, "task": task, "schedules": table}, options.limit_seconds, WORKER)

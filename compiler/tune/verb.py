@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,18 @@ from chunkc.artifact import SettingError, read_setting
 from chunkc.bench.run import Options, Talk
 from chunkc.bench.sizes import BenchError, read_shape
 from chunkc.driver import Compiled
-from chunkc.ir.diagnostics import TUNING
 from chunkc.ir.tuning import Schedule
 from chunkc.tune.run import Found, tune
+from chunkc.tuning import tuning_path
 
 
 def run_verb(compiled: Compiled, file: Path, asked: Mapping[str, Any], talk: Talk) -> Path:
     """Tune, print a table, and write the file that builds of this spec take schedules from; its path."""
+    path = tuning_path(file)
+    if path is None:
+        raise click.UsageError(f"what is found is written beside a .spec file, which '{file}' is not")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise click.UsageError(f"'{path}' cannot be written")
     try:
         options = Options(unit=asked["unit"], settings=dict(map(read_setting, asked["settings"])),
                           shape=read_shape(asked["shape"]), limit_seconds=asked["limit_seconds"])  # fmt: skip
@@ -27,8 +33,9 @@ def run_verb(compiled: Compiled, file: Path, asked: Mapping[str, Any], talk: Tal
         raise click.UsageError(str(reason)) from None
     for line in table(found):
         click.echo(line)
-    path = file.with_suffix(TUNING)
-    path.write_text(found.tuning.text(), encoding="utf-8")
+    new = path.with_name(f".{path.name}.{os.getpid()}")  # a build at the same time sees the old file, or the new one
+    new.write_text(found.tuning.text(), encoding="utf-8")
+    os.replace(new, path)
     return path
 
 
