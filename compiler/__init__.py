@@ -80,6 +80,7 @@ def load(path: str | Path, settings: Mapping[str, int | float | bool] | None = N
     from chunkc.cache import fetch
     from chunkc.dsl.uses import gather
     from chunkc.ir.diagnostics import SourceFile
+    from chunkc.tuning import read_tuning
 
     source = gather(SourceFile.read(Path(path), spec_name(path)))
     chosen = settings or {}
@@ -90,4 +91,4 @@ def load(path: str | Path, settings: Mapping[str, int | float | bool] | None = N
 
         return pack(compile_source(source), emit_files, chosen)
 
-    return load_package(fetch(fingerprint(source, chosen), package_name(source.name), make))
+    return load_package(fetch(fingerprint(source, chosen, tuning=read_tuning(source)), package_name(source.name), make))

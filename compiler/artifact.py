@@ -34,8 +34,7 @@ from chunkc.dsl.parser import tokens
 from chunkc.ir.axes import Number
 from chunkc.ir.diagnostics import CompileError, SourceFile, Span, error
 from chunkc.ir.graph import Unit
-from chunkc.ir.tuning import Schedule
-from chunkc.tuning import tuned_as
+from chunkc.ir.tuning import Schedule, Tuning
 
 FORMAT = 1  # of the manifest
 CONTRACT = 1  # between an emitted package and the code that imports it
@@ -127,7 +126,8 @@ def compiler_sha256() -> str:
     return sha256("\n".join(sorted(found.values())))
 
 
-def fingerprint(source: SourceFile, settings: Mapping[str, Number], ahead: Mapping[str, str] | None = None) -> str:
+def fingerprint(source: SourceFile, settings: Mapping[str, Number], ahead: Mapping[str, str] | None = None,
+                tuning: Tuning | None = None) -> str:  # fmt: skip
     """A hash of all that shapes the package; `ahead` is what its kernels are compiled for and by.
 
     Of the spec and the files that it uses, the tokens and their lines count: emitted comments name lines, and nothing
@@ -142,8 +142,8 @@ def fingerprint(source: SourceFile, settings: Mapping[str, Number], ahead: Mappi
     parts: list[object] = [source.name, spelled, chosen, __version__, compiler_sha256(), FORMAT, CONTRACT]
     if ahead is not None:
         parts.append(sorted(ahead.items()))
-    if tuned := tuned_as(source):
-        parts.append(tuned)
+    if tuning is not None:
+        parts.append(sorted(tuning.schedules().items()))
     return sha256(json.dumps(parts))
 
 
@@ -212,7 +212,8 @@ def pack(compiled: Compiled, emit: Emitter, settings: Mapping[str, Number], ahea
         compiler=__version__, spec=source.name, spec_sha256=sha256(source.text), settings=chosen,
         schedules={unit.name: unit.schedule.demands() for unit in compiled.units},
         ahead=None if ahead is None else dict(ahead),
-        files={name: sha256(data) for name, data in files.items()}, fingerprint=fingerprint(source, settings, ahead),
+        files={name: sha256(data) for name, data in files.items()},
+        fingerprint=fingerprint(source, settings, ahead, compiled.tuning),
     )  # fmt: skip
     return {**files, MANIFEST: manifest.text()}
 

@@ -49,7 +49,7 @@ def build_source(source: SourceFile, out: Path, settings: Mapping[str, Number], 
             made.append(compile_ahead(compiled, texts, fit_settings(compiled.units, settings), ahead))
     else:
         record = ahead.record()
-        if is_valid(folder, fingerprint(compiled.checked.source, settings, record)):
+        if is_valid(folder, fingerprint(compiled.checked.source, settings, record, compiled.tuning)):
             return Built(folder, warnings=warnings)
         files = pack(compiled, partial(emit_files, ahead=True), settings, record, partial(_kept, made, compiled, ahead))
     if only_check:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -37,12 +36,3 @@ def read_tuning(source: SourceFile) -> Tuning | None:
         hint = "chunkc tune writes it anew; without it kernels have the schedules of chunkc"
         raise CompileError([error("bad-tuning", f"'{path}' is no tuning file", Span(str(path), 0, 0), notes=(why,),
                                   hints=(hint,))]) from None  # fmt: skip
-
-
-def tuned_as(source: SourceFile) -> str:
-    """What a tuning file changes of a package, as text; empty without one."""
-    try:
-        tuning = read_tuning(source)
-    except CompileError as wrong:
-        return str(wrong)  # never stored: compiling fails
-    return "" if tuning is None else json.dumps(tuning.schedules(), sort_keys=True)

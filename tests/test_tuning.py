@@ -22,6 +22,7 @@ from chunkc.ir.diagnostics import CompileError, SourceFile
 from chunkc.ir.tuning import Schedule, Tuned, Tuning
 from chunkc.tune.run import Found, search
 from chunkc.tune.verb import table
+from chunkc.tuning import read_tuning
 
 A, B, C = (64, 128, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2)
 OTHER = (128, 64, 8, 2)
@@ -45,6 +46,12 @@ def schedules_in(package: Path) -> dict[str, Schedule]:
     table = text[text.index("SCHEDULES: dict") :]
     rows: dict[str, Schedule] = eval(table[table.index("{") : table.index("}") + 1])
     return rows
+
+
+def shaped(path: Path) -> str:
+    """The fingerprint of what a file and its tuning are built to."""
+    source = SourceFile.read(path)
+    return fingerprint(source, {}, tuning=read_tuning(source))
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -73,12 +80,13 @@ def test_a_build_is_out_of_date_when_its_tuning_changes(tmp_path: Path, capsys: 
 def test_what_is_loaded_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHUNKC_CACHE_DIR", str(tmp_path / "cache"))
     path = written(tmp_path)
-    untuned = fingerprint(SourceFile.read(path), {})
+    untuned = shaped(path)
     loaded = [chunkc.load(path)]
     written(tmp_path, tuning(S_read_j=OTHER).text())
-    assert fingerprint(SourceFile.read(path), {}) != untuned
+    assert shaped(path) != untuned
     slower = tuning(S_read_j=OTHER).text().replace('"ms": 1.0', '"ms": 1.5')
-    assert fingerprint(SourceFile.read(written(tmp_path, slower)), {}) == fingerprint(SourceFile.read(path), {})
+    before = shaped(path)
+    assert shaped(written(tmp_path, slower)) == before
     loaded.append(chunkc.load(path))
     first, second = (schedules_in(Path(str(m.__file__)).parent)["S_read_j"] for m in loaded)
     assert first != second == OTHER

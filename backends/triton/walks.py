@@ -169,6 +169,11 @@ def bounds_of(seq: Sequences, size: int) -> tuple[Tensor | None, Tensor | None]:
     return start, first
 
 
+def empty_as(given: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """A tensor for each that is given."""
+    return [None if x is None else torch.empty_like(x) for x in given]
+
+
 def entered(
     seq: Sequences, operands: Sequence[Tensor], starts: Sequence[Tensor | None], totals: Any, step: Any, walks: Walks
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None] | None]:
@@ -179,7 +184,7 @@ def entered(
         return bounds, list(starts), None
     decays = [torch.empty((bounds.numel() - 1, size), dtype=torch.float32, device=operands[0].device) for _ in starts]
     sums, states = [torch.empty_like(x) for x in decays], [torch.empty_like(x) for x in decays]
-    lasts = [None if x is None else torch.empty_like(x) for x in starts]
+    lasts = empty_as(starts)
     if seq.count:
         totals[(bounds.numel() - 1, blocks)](
             *operands, *decays, *sums, bounds, seq.tokens,
@@ -204,9 +209,8 @@ def walked(
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Fill `outs`; the states that programs start with, and the last states. `read`: what totals take behind leaves."""
     bounds, states, lasts = entered(seq, (*leaves, *read), starts, walks.totals, step, walks)
-    size, ends = leaves[0].shape[2] * leaves[0].shape[3], [None for _ in starts]
-    if lasts is None:
-        ends = [None if x is None else torch.empty_like(x) for x in starts]
+    size = leaves[0].shape[2] * leaves[0].shape[3]
+    ends = empty_as(starts) if lasts is None else [None] * len(starts)
     if seq.count:
         walks.walk[(walkers(seq, bounds), cdiv(size, CHANNELS))](
             *leaves, *states, *outs, *ends, bounds, seq.tokens,
@@ -240,9 +244,7 @@ class Vector(torch.autograd.Function):
             seq, (*leaves, *d_outs), d_lasts or [None] * count, walks.totals_reverse, vector_reverse, walks
         )
         d_leaves, size = [torch.empty_like(x) for x in leaves], leaves[0].shape[2] * leaves[0].shape[3]
-        d_states = [None for _ in ends]
-        if d_starts is None:
-            d_states = [None if x is None else torch.empty_like(x) for x in ends]
+        d_states = empty_as(ends) if d_starts is None else [None] * count
         if seq.count:
             walks.backward[(walkers(seq, bounds), cdiv(size, CHANNELS))](
                 *leaves, *d_outs, *outs, *states, *ends, *d_leaves, *d_states, bounds, seq.tokens,

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from chunkc.backends.triton.emit import prefix_of
 from chunkc.driver import Compiled
 from chunkc.facts import facts
 from chunkc.ir import nodes as N
@@ -63,12 +64,11 @@ def _alone(compiled: Compiled, unit: Unit, owner: Unit) -> Compiled:
 
 def _tuning(compiled: Compiled, owner: Unit) -> Tuning | None:
     """What was found by tuning the file, with the names that a unit's kernels have where it is alone."""
-    tuning = compiled.tuning
-    if tuning is None or len(compiled.units) == 1:
-        return tuning
-    own = f"{owner.name}_"
-    kernels = {name.removeprefix(own): row for name, row in tuning.kernels.items() if name.startswith(own)}
-    return tuning.model_copy(update={"kernels": kernels})
+    if compiled.tuning is None:
+        return None
+    own = prefix_of(owner, compiled.units)
+    kernels = {n.removeprefix(own): row for n, row in compiled.tuning.kernels.items() if n.startswith(own)}
+    return compiled.tuning.model_copy(update={"kernels": kernels})
 
 
 def core(unit: Unit, node: N.Recur | N.Attend) -> Unit | None:

@@ -241,6 +241,11 @@ def _error(have: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> fl
     plain = [(_plain(a, b), _plain(b, a)) for a, b in zip(have, wanted) if a is not None or b is not None]
     shaped = [(a.reshape(b.shape), b) for a, b in plain]  # one sequence, with its batch or without
     pairs = [(a[torch.isfinite(b)], b[torch.isfinite(b)]) for a, b in shaped]  # infinity and nan have no error
+    return apart(pairs)
+
+
+def apart(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """The largest difference of a tensor from what it should be, in parts of that one's norm; nan is infinite."""
     norms = [float(b.norm()) for _, b in pairs]
     floor = LEAST * max(norms, default=0.0)
     found = [float((a - b).norm()) / (max(n, floor) or 1.0) for (a, b), n in zip(pairs, norms)]
@@ -262,7 +267,8 @@ def said(reason: BaseException) -> str:
     return f"{type(reason).__name__}: {text}"[:200].rstrip(": ")
 
 
-def main(request_file: str, result_file: str) -> None:
+def answer(request_file: str, result_file: str, perform: Callable[[Mapping[str, Any], Say], None]) -> None:
+    """Do what a request asks for; what it says is in the result as soon as it is said."""
     request = json.loads(Path(request_file).read_text())
     found: dict[str, Any] = {}
 
@@ -271,18 +277,22 @@ def main(request_file: str, result_file: str) -> None:
         Path(result_file).write_text(json.dumps(found))
 
     try:
-        if request["candidate"] == "rates":
-            bandwidth, rate = rates(request["device"], request["dtype"])
-            say(bandwidth=bandwidth, rate=rate)
-            return
-        sizes = Sizes(request["settings"], request["lengths"], request["batch"])
-        with tempfile.TemporaryDirectory() as folder:
-            own = request["candidate"] == "chunkc"
-            candidate = Emitted(request, Path(folder) / "measured") if own else Peer(request)
-            measure(candidate, sizes, request, say)
-    except Exception as reason:  # whatever a candidate raises is its row's text, in the report
+        perform(request, say)
+    except Exception as reason:  # whatever is raised is text in the report
         say(reason=said(reason))
 
 
+def perform(request: Mapping[str, Any], say: Say) -> None:
+    if request["candidate"] == "rates":
+        bandwidth, rate = rates(request["device"], request["dtype"])
+        say(bandwidth=bandwidth, rate=rate)
+        return
+    sizes = Sizes(request["settings"], request["lengths"], request["batch"])
+    with tempfile.TemporaryDirectory() as folder:
+        own = request["candidate"] == "chunkc"
+        candidate = Emitted(request, Path(folder) / "measured") if own else Peer(request)
+        measure(candidate, sizes, request, say)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    answer(sys.argv[1], sys.argv[2], perform)

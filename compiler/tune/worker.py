@@ -4,7 +4,6 @@ A trial is a package whose table of schedules is changed for some kernels. It is
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections import defaultdict
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from chunkc.bench.sizes import Sizes
 from chunkc.bench.timing import DTYPES, Results, median_ms
-from chunkc.bench.worker import LEAST, SHORT, TOLERANCE, Emitted, Say, compared, said
+from chunkc.bench.worker import SHORT, TOLERANCE, Emitted, Say, answer, apart, compared
 from chunkc.ir.tuning import Schedule
 
 RUNS = 12  # of a profile; medians of kernels are of so many
@@ -52,8 +51,8 @@ def check(runs: Emitted, sizes: Sizes, request: Mapping[str, Any], say: Say) -> 
     module.SCHEDULES = table
     have = call.results(seed, dtype)
     say(rows=sorted(table.rows.values()))
-    if wanted is not None and not (apart := _apart(have, wanted)) <= TOLERANCE[dtype]:
-        say(reason=f"wrong: {apart:.1e} from what the untuned schedules give")
+    if wanted is not None and not (off := _apart(have, wanted)) <= TOLERANCE[dtype]:
+        say(reason=f"wrong: {off:.1e} from what the untuned schedules give")
         return
     error, allowed = compared(runs, sizes.short(SHORT), seed, dtype, True)
     if not error <= allowed:
@@ -61,15 +60,10 @@ def check(runs: Emitted, sizes: Sizes, request: Mapping[str, Any], say: Say) -> 
 
 
 def _apart(have: Results, wanted: Results) -> float:
-    """The largest difference of an output or a gradient, in parts of its norm."""
-    out = 0.0
-    for a, b in zip(have, wanted):
-        pairs = [(x.float(), y.float()) for x, y in zip(a, b) if x is not None and y is not None]
-        floor = LEAST * max((float(y.norm()) for _, y in pairs), default=0.0)
-        for x, y in pairs:
-            apart = float((x - y).norm()) / (max(float(y.norm()), floor) or 1.0)
-            out = max(out, apart) if apart == apart else float("inf")
-    return out
+    """The largest difference of an output or a gradient, in parts of its norm, found where they are."""
+    pairs = [[(x.float(), y.float()) for x, y in zip(a, b) if x is not None and y is not None]
+             for a, b in zip(have, wanted)]  # fmt: skip
+    return max(map(apart, pairs), default=0.0)
 
 
 def time(runs: Emitted, sizes: Sizes, request: Mapping[str, Any], say: Say) -> None:
@@ -108,21 +102,11 @@ def kernel_times(run: Callable[[], object], names: set[str]) -> dict[str, float]
 TASKS = {"check": check, "time": time}
 
 
-def main(request_file: str, result_file: str) -> None:
-    request = json.loads(Path(request_file).read_text())
-    found: dict[str, Any] = {}
-
-    def say(**more: Any) -> None:
-        found.update(more)
-        Path(result_file).write_text(json.dumps(found))
-
-    try:
-        runs = Emitted(request, Path(request["package"]), built=True)
-        runs.prepare()
-        TASKS[request["task"]](runs, Sizes(request["settings"], request["lengths"], request["batch"]), request, say)
-    except Exception as reason:  # whatever a trial raises is why it is dropped
-        say(reason=said(reason))
+def perform(request: Mapping[str, Any], say: Say) -> None:
+    runs = Emitted(request, Path(request["package"]), built=True)
+    runs.prepare()
+    TASKS[request["task"]](runs, Sizes(request["settings"], request["lengths"], request["batch"]), request, say)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    answer(sys.argv[1], sys.argv[2], perform)
