@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from chunkc.backends.triton.tables import CUT, IDLE, JOINED
+from chunkc.backends.triton.tables import CUT, FULL, IDLE
 from chunkc.passes.chunk import TILE
 
 Side = Literal["i", "j"]
@@ -105,7 +105,8 @@ class Scan:
     @property
     def segments(self) -> int:
         """Of one sequence, as the emitted kernels walk over it: one, unless its walks are few."""
-        few = self.states * math.ceil(self.i / BLOCK) * math.ceil(self.j / BLOCK) < IDLE
+        enough = FULL if "each" in (self.gate_i, self.gate_j) else IDLE
+        few = self.states * math.ceil(self.i / BLOCK) * math.ceil(self.j / BLOCK) < enough
         return math.ceil(self.tokens / CUT) if few else 1
 
     def gate(self, side: Side) -> int:
@@ -326,8 +327,8 @@ def _fused_backward(s: Scan, width: int) -> list[Launch]:
 
 def _passes(s: Scan, backward: bool, segments: int) -> list[Launch]:
     """A walk that leaves a state at each tile's edge, then a program a tile. Backward the walk is with the state's
-    gradient: the states were kept. Where a sequence is cut, each segment is walked from zero first, and what comes out
-    is put together to the states that segments begin with."""
+    gradient: the states were kept. Where a sequence is cut, segments behind the first are walked from zero, and what
+    is left of the state that each begins with is added to those at its tiles' edges, here to all."""
     through = (s.reads if backward else s.writes) * (s.i + s.j) + s.gates  # what the walk reads
     blocks_i, blocks_j = math.ceil(s.i / BLOCK), math.ceil(s.j / BLOCK)
     pairs = s.reads if backward else s.writes
@@ -342,12 +343,11 @@ def _passes(s: Scan, backward: bool, segments: int) -> list[Launch]:
     tiles = _tiles_backward(s, edges) if backward else _tiles_forward(s, edges)
     if segments == 1:
         return [walk, tiles]
-    sums = Launch("segments", s.rows * s.width * through + states, walk.operations, walk.exps, walk.programs,
-                  again=walk.again, steps=steps, links=2)  # fmt: skip
-    joined = Launch("joined", 2 * states, 0, 0, s.states * math.ceil(s.i * s.j / JOINED), steps=segments, block=JOINED)
-    resumed = Launch(walk.name, walk.bytes + states, walk.operations, walk.exps, walk.programs,
-                     again=walk.again, steps=steps, links=2)  # fmt: skip
-    return [sums, joined, resumed, tiles]
+    walk = replace(walk, bytes=walk.bytes + states)
+    later = 1 - 1 / segments  # of all tiles: the first segment starts with the state that it is given
+    completed = Launch("completed", states + 2 * later * s.rows * s.width * edges, 0, 0, programs * segments,
+                       again=states * (segments - 1) / 2, steps=steps)  # fmt: skip
+    return [walk, completed, tiles]
 
 
 def _tiles_forward(s: Scan, edges: float) -> Launch:

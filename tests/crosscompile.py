@@ -23,7 +23,8 @@ TARGETS = {
 
 PLACES = ("tile_start", "tile_stop", "sequence_start", "sequence_tile", "is_mild", "rounded")
 TABLES = ("tile_start_ptr", "tile_stop_ptr", "offsets_ptr", "first_tile_ptr")  # a dense batch has none
-DECAYS = ("decay_i_ptr", "decay_j_ptr")  # a walk that stores states at tiles' edges has none
+REAL = ("initial", "last", "state_ptr", "next", "totals", "reached", "entered", "passed", "a_ptr", "b_ptr", "out_ptr")
+SUMS = [f"{n}_{s}_ptr" for n in ("decay", "passed", "alive") for s in "ij"]  # a walk over whole sequences has none
 
 
 def sources(kernels: ModuleType) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def compile_kernel(kernel: Any, target: str, warps: int, size: int = 128, stages
         "H": 4, "I": size, "J": size, "D": size, "C": 64, "LEVELS": 6, "BI": 64, "BJ": 64, "BD": 64, "AFTER": 1,
         "AI": size, "AJ": size, "DOT": tl.bfloat16, "PRECISION": "ieee", "PARTS": 2, "GATE_PARTS": 2,
         "LIMIT": 80.0, "STAGES": 1,
-        **dict.fromkeys((*TABLES, *DECAYS)), **blocks,
+        **dict.fromkeys((*TABLES, *SUMS)), **blocks,
     }  # fmt: skip
     signature, constants = {}, {}
     for name in kernel.arg_names:
@@ -49,9 +50,9 @@ def compile_kernel(kernel: Any, target: str, warps: int, size: int = 128, stages
             signature[name] = "fp32" if name.startswith("scale_") else "i32"
         else:
             integer = name.startswith(("tile_", "first_tile", "bounds"))
-            real = name.startswith(("initial", "last", "state_ptr", "next", "totals", "from_zero", "entered", "a_ptr",
-                                    "b_ptr", "out_ptr"))  # fmt: skip
-            signature[name] = "*i64" if integer else "*fp32" if real else "*bf16"
+            real = name.startswith(REAL)
+            short = "*i32" if name.startswith("alive") else "*fp32" if real else "*bf16"
+            signature[name] = "*i64" if integer else short
     pointers = [(k, n) for k, n in enumerate(kernel.arg_names) if n not in known and n.endswith("_ptr")]
     attrs = {(k,): [["tt.divisibility", 16]] for k, _ in pointers}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)

@@ -121,17 +121,16 @@ def test_fused_by_hand() -> None:
 def test_split_by_hand() -> None:
     long = Scan(1, 131072, 4, 128, 128, gate_i="each")
     found = of(long, "split")
-    sums, joined, walk, tiles = found.launches
+    walk, completed, tiles = found.launches
     n = found.segments
-    assert n == long.segments == 32 and [x.name for x in found.launches] == ["segments", "joined", "states", "tiles"]
-    assert sums.programs == walk.programs == 4 * 4 * n and joined.programs == 4 * 128 * 128 // 512
-    assert sums.steps == walk.steps == 2048 // n and joined.steps == n
+    assert n == long.segments == 32 and [x.name for x in found.launches] == ["states", "completed", "tiles"]
+    assert walk.programs == completed.programs == 4 * 4 * n and walk.steps == completed.steps == 2048 // n
     kept = 4 * n * 128 * 128 * 4
-    assert joined.bytes == 2 * kept
-    assert sums.bytes == long.rows * 768 + kept
     assert walk.bytes == long.rows * (768 + 512) + kept
+    assert completed.bytes == kept + long.rows * 2 * 512 * (n - 1) // n and completed.again == kept * (n - 1) / 2
     assert tiles == of(long, "passes").launches[-1]
-    assert replace(long, tokens=4096).segments == replace(long, batch=8).segments == 1
+    assert replace(long, tokens=4096).segments == replace(long, batch=16).segments == 1
+    assert replace(long, batch=8).segments == 32 and replace(long, batch=8, gate_i="head").segments == 1
     assert "one" in of(replace(long, tokens=4096), "split").why_not
 
 

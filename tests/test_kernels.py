@@ -21,10 +21,10 @@ from torch import Tensor
 
 from chunkc.backends.scan import ScanForm
 from chunkc.backends.token import free_side
-from chunkc.backends.triton.emit import kernels_of, launches
-from chunkc.backends.triton.kernel import If, Kernel, Let, Loop, Statement, Store
+from chunkc.backends.triton.emit import kept_scores, kernels_of, launches
+from chunkc.backends.triton.kernel import Expr, If, Kernel, Let, Loop, Statement, Store
 from chunkc.backends.triton.packing import fill_kernel
-from chunkc.backends.triton.schedule import join_kernel
+from chunkc.backends.triton.schedule import complete_kernel
 from chunkc.backends.triton.text import parse_expr, parse_kernels
 from chunkc.backends.triton.vector import own_kernels
 from chunkc.backends.triton.verify import KernelError, verify_kernel
@@ -63,8 +63,8 @@ def test_rules_hold(name: str, index: int, role: str) -> None:
     verify_kernel(kernel)
 
 
-def test_what_joins_segments() -> None:
-    kernel = join_kernel()
+def test_what_completes_segments() -> None:
+    kernel = complete_kernel()
     assert parse_kernels(text_of(kernel)) == {kernel.name: kernel}
     verify_kernel(kernel)
 
@@ -113,9 +113,14 @@ def test_rejects_names() -> None:
 
 def test_rejects_stores_and_loads_without_masks() -> None:
     kernel = kernel_of("read_j")
-    refused(mapped(kernel, lambda s: replace(s, mask=None) if isinstance(s, Store) else s), "no mask bounds col_j, row")
-    tokens = parse_expr("inside[:, None]")
-    refused(mapped(kernel, lambda s: replace(s, mask=tokens) if isinstance(s, Store) else s), "no mask bounds col_j")
+
+    def masked(mask: Expr | None) -> Kernel:
+        """The kernel with another mask of its result."""
+        result = lambda s: isinstance(s, Store) and s.pointer.text().startswith("out_")
+        return mapped(kernel, lambda s: replace(s, mask=mask) if result(s) else s)
+
+    refused(masked(None), "no mask bounds col_j, row")
+    refused(masked(parse_expr("inside[:, None]")), "no mask bounds col_j")
 
     other = lambda s: replace(s, value=parse_expr("col_i < J")) if isinstance(s, Let) and s.name == "has_i" else s
     refused(mapped(kernel, other), "no mask bounds col_i")
@@ -163,6 +168,7 @@ def test_text_of_no_kernel(line: str) -> None:
 # -- meaning -----------------------------------------------------------------------------------------------------------
 
 LENGTHS = (21, 0, 1, 8)
+SUMS = ("decay", "passed", "alive")  # what walks over segments keep of a side's gate
 SCALE = 0.375  # of results that are multiplied by a number
 C = 8
 
@@ -210,32 +216,32 @@ class Launches:
             (self.walk if launch.rows == "sequences" else self.run_kernel)(kernel, launch, block)
 
     def walk(self, kernel: Kernel, launch: T.Kernel, block: int) -> None:
-        """Over whole sequences; or over segments from zero, and then from the states that these give."""
+        """Over whole sequences; or over segments, and then to what these start with."""
         if not self.segment:
             self.run_kernel(kernel, launch, block)
             return
         known, segments = self.memory, max(self.batch.lengths) // self.segment + 2  # more than there are
-        count, (h, i, j) = len(self.batch.lengths) * segments, (self.sizes[s] for s in "HIJ")
-        none = {"initial": None, "states": None, "last": None}
-        from_zero, entered = self.empty(count, h, i, j), self.empty(count, h, i, j)
-        kept = {f"decay_{s}": self.empty(count, h, n) for s, n in (("i", i), ("j", j))}
-        self.memory = {**known, **none, **kept, "last": from_zero}
+        (h, i, j), size = (self.sizes[s] for s in "HIJ"), self.sizes
+        count, tiles = len(self.batch.lengths) * segments, self.table["tile_start_ptr"].numel()
+        gated = sorted(g.side for g in self.scan.form.gates)
+        kept: dict[str, Any] = {f"{n}_{s}": None for n in SUMS for s in "ij"}
+        for s in gated:
+            rows = {"decay": count, "passed": tiles, "alive": count}
+            kept |= {f"{n}_{s}": self.empty(rows[n], h, size[s.upper()]) for n in SUMS}
+        reached = self.empty(count, h, i, j)
+        self.memory = {**known, **kept, "last": reached}
         self.run_kernel(kernel, launch, block, segments)
-        gated = {g.side for g in self.scan.form.gates}
-        memory = {n: x if n[-1] in gated else None for n, x in kept.items()}
-        memory |= {"from_zero": from_zero, "entered": entered, "offsets": self.table["offsets_ptr"]}
-        memory |= {n: known[n] for n in ("initial", "last")}
-        numbers = {"tokens": -1, "segment": self.segment, "segments": segments}
+        memory = {**kept, "reached": reached, "states": known["states"], "last": known["last"]}
+        memory |= {"offsets": self.table["offsets_ptr"], "first_tile": self.table["first_tile_ptr"]}
+        numbers = {"tokens": -1, "each": -1, "segment": self.segment, "segments": segments}
         pointers = {f"{n}_ptr": x if x is None else x.view(-1) for n, x in memory.items()}
-        grid = (len(self.batch.lengths) * h * -(-i * j // 4),)
-        Launch(join_kernel(), grid, {**pointers, **numbers}, {**self.sizes, "D": i * j, "BD": 4}).run()
-        self.memory = {**known, **none, "initial": entered, "states": known["states"]}
-        self.run_kernel(kernel, launch, block, segments)
+        constants = {**size, "C": C, "BI": 4, "BJ": 4, "BACK": int(launch.role == "ends")}
+        Launch(complete_kernel(), (count * h * -(-i // 4) * -(-j // 4),), {**pointers, **numbers}, constants).run()
         self.memory = known
 
     def run_kernel(self, kernel: Kernel, launch: T.Kernel, block: int, segments: int = 1) -> None:
         passed = {v: k for k, v in PASSED.get(launch.role, {}).items()}
-        memory: dict[str, Tensor | int | None] = {"decay_i_ptr": None, "decay_j_ptr": None}
+        memory: dict[str, Tensor | int | None] = {f"{n}_{s}_ptr": None for n in SUMS for s in "ij"}
         memory |= {f"{passed.get(n, n)}_ptr": x if x is None else x.view(-1) for n, x in self.memory.items()}
         memory |= {"segment": self.segment if segments > 1 else sum(self.batch.lengths), "segments": segments}
         memory |= {**self.table, "tokens": -1, "each": -1, "levels": C.bit_length() - 1, "upper_levels": 2}
@@ -288,6 +294,7 @@ def forward(run: Launches, values: dict[str, Tensor], initial: Tensor | None, bl
     tiles, last = run.table["tile_start_ptr"].numel(), None if initial is None else torch.empty_like(initial)
     run.memory |= {"states": run.empty(tiles, h, i, j), "last": last}
     run.memory |= {"totals_i": run.empty(tiles, h, i), "totals_j": run.empty(tiles, h, j)}
+    run.memory |= {name: run.empty(tiles, h, C, C) for name in kept_scores(form)}
     for q, out in zip(form.queries, form.results()):
         run.memory[out] = run.empty(tokens, h, j if q.side == "i" else i)
     for launch in launches(form)[0]:
@@ -299,7 +306,7 @@ def backward(
 ) -> dict[str, Tensor]:
     form, tokens = run.scan.form, sum(run.batch.lengths)
     states, d_last = run.memory["states"], grads["d_last"]
-    kept = {n: run.memory[n] for n in ("states", "totals_i", "totals_j")}
+    kept = {n: run.memory[n] for n in ("states", "totals_i", "totals_j", *kept_scores(form))}
     run.memory = {**logs(form, values, -1e4), **grads, **kept}
     run.memory |= {"ends": torch.empty_like(states), "d_initial": None if d_last is None else torch.empty_like(d_last)}
     for o in (o for o in form.operands() if o.given):

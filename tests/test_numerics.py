@@ -246,12 +246,12 @@ def test_interpreted_walks_over_segments(
 ) -> None:
     """Sequences of few heads are cut into segments; here of one tile each."""
     module, unit = built(name)
-    kernels, joined = importlib.import_module(f"{module.__name__}._kernels"), Counted()
+    kernels, completed = importlib.import_module(f"{module.__name__}._kernels"), Counted()
     monkeypatch.setattr(kernels, "CUT", 64)
-    monkeypatch.setattr(kernels, "joined", joined.of(kernels.joined))
+    monkeypatch.setattr(kernels, "completed", completed.of(kernels.completed))
     case = Case(SETTINGS, lengths, packed=packed, resume=True, values=gates(unit, cases.mixed))
     check(errors(module, unit, case), allowed(name, torch.float32))
-    assert joined.calls >= 2  # forward and backward
+    assert completed.calls >= 2  # forward and backward
 
 
 @pytest.mark.interpreter

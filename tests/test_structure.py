@@ -20,7 +20,7 @@ from shipped import RECURRENCES
 from chunkc.backends.scan import EMITTED, NUMBERED, ScanForm, derived_names, scan_form
 from chunkc.backends.triton.emit import kernels_of, launches, spans_of
 from chunkc.backends.triton.kernel import Expr, Kernel, Let, Loop, Store, call, where
-from chunkc.backends.triton.schedule import SIDES, join_kernel
+from chunkc.backends.triton.schedule import SIDES, complete_kernel
 from chunkc.backends.triton.tables import default_schedule
 from chunkc.backends.triton.vector import plain_kernels
 from chunkc.backends.writer import Lines, Writer
@@ -83,8 +83,8 @@ def test_the_specs_with_a_chunk_form() -> None:
 # -- loops and launches ------------------------------------------------------------------------------------------------
 
 STOPS = {
-    "tiles": {"count", "tiles - whole"},
-    "segments": {"own"},
+    "tiles": {"count", "alive", "tiles - whole"},
+    "segments": {"turn"},
     "whole tiles": {"whole"},
     "levels": {"LEVELS", "levels", "upper_levels"},
     "blocks of side i": {"tl.cdiv(I, BI)", "parts_i"},
@@ -121,8 +121,8 @@ def test_loops_of_elementwise_scans(name: str) -> None:
     check_loops(VECTOR[name], {"tiles", "whole tiles"})
 
 
-def test_what_joins_segments_loops_over_them() -> None:
-    check_loops(join_kernel(), {"segments"})
+def test_what_completes_segments_loops_over_earlier_ones_and_over_tiles() -> None:
+    check_loops(complete_kernel(), {"segments", "tiles"})
 
 
 @pytest.mark.parametrize("name", CHUNKED)
@@ -137,7 +137,26 @@ def test_launches(name: str) -> None:
         if not any(g.raw for g in scan.form.gates) and len(scan.form.gates) < 2:
             assert len(backward) == 3
         anchored = {base(r) for r in scan.kernels if r != base(r)}
-        assert anchored == ({r for r in roles if r.startswith(("read_", "grad_"))} if scan.form.wide() else set())
+        sides = {r for r in roles if r.startswith(("read_", "grad_")) and not takes_scores(scan, r)}
+        assert anchored == (sides if scan.form.wide() else set())
+
+
+def takes_scores(scan: Any, role: str) -> bool:
+    """Whether a kernel is given the scores that one of reads kept."""
+    return role.startswith("grad_") and any(a.startswith("scores_") for a in scan.kernels[role].arguments)
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_scores_that_gates_decay_are_kept(name: str) -> None:
+    """What one kernel keeps another takes, which then loads nothing of the reads' other side."""
+    for scan in scans(name):
+        kept = {a for r, k in scan.kernels.items() if r.startswith("read_") for a in k.arguments if "scores_" in a}
+        takers = [k for r, k in scan.kernels.items() if takes_scores(scan, r)]
+        assert bool(kept) == bool(takers) and all(kept <= {*k.arguments} for k in takers)
+        for kernel in takers:
+            assert not {f"{q.name}_ptr" for q in scan.form.queries} & {*kernel.arguments}
+    if name == "gated":
+        assert kept == {"scores_00_ptr"}
 
 
 PLACES = {
@@ -149,8 +168,7 @@ PLACES = {
     "each",
     "segment",
     "segments",
-    "decay_i",
-    "decay_j",
+    *(f"{name}_{side}" for name in ("decay", "passed", "alive") for side in "ij"),
     "totals_i",
     "totals_j",
     "parts_i",
@@ -177,10 +195,13 @@ def test_kernels_read_and_write_what_the_graph_says(name: str, index: int, role:
     outputs -= {f"d_{g.name}" for g in scan.form.gates if not g.given}
     wanted = {names.get(r, r) for r in launch.reads} | outputs
     pointers = {a.removesuffix("_ptr") for a in kernel.arguments} - {*PLACES, *scan.form.numbers()}
+    pointers = {p for p in pointers if not p.startswith("scores_")}
+    if takes_scores(scan, role):  # kept, they stand for what they were made of on the other side
+        wanted -= {q.name for q in scan.form.queries}
     assert {PASSED.get(role, {}).get(p, p) for p in pointers} == wanted
     stored = {e.op.removesuffix("_ptr") for s in kernel.statements() if isinstance(s, Store) for e in s.pointer.walk()}
     stored = {PASSED.get(role, {}).get(p, p) for p in stored}
-    assert stored & wanted == outputs
+    assert {p for p in stored if not p.startswith("scores_")} & wanted == outputs
 
 
 # -- contractions ------------------------------------------------------------------------------------------------------

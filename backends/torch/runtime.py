@@ -425,9 +425,9 @@ def uncast(function: Function) -> Function:
     return run  # type: ignore[return-value]
 
 
-def tracked(*tensors: Tensor) -> bool:
+def tracked(*tensors: Tensor | None) -> bool:
     """Whether autograd follows what is computed of any of these."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 State = TypeVar("State")

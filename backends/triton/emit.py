@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from chunkc.backends.attend import Form, Tile
 from chunkc.backends.body import Body
-from chunkc.backends.scan import LIMIT, Operand, ScanForm, scan_form
+from chunkc.backends.scan import LIMIT, Operand, ScanForm, Side, scan_form
 from chunkc.backends.token import token_form
 from chunkc.backends.triton.attend import Kernels, attention_kernels
 from chunkc.backends.triton.gates import GateKernel, GatePlan
@@ -17,7 +17,7 @@ from chunkc.backends.triton.launch import emit_attention
 from chunkc.backends.triton.own import SideKernel
 from chunkc.backends.triton.packing import emit_tables
 from chunkc.backends.triton.pairs import NoKernel
-from chunkc.backends.triton.schedule import WALKS, join_kernel, pass_kernel
+from chunkc.backends.triton.schedule import WALKS, complete_kernel, pass_kernel
 from chunkc.backends.triton.side import SidePlan
 from chunkc.backends.triton.tables import emit_schedules
 from chunkc.backends.triton.token import call_kernel, emit_call, emit_step, step_kernel
@@ -59,8 +59,12 @@ def kernels_of(form: ScanForm, lines: Lines, spans: dict[str, str]) -> dict[str,
                 out[launch.role] = _gate_kernel(form, launch, spans)
         else:
             plan = replace(_plan(form, launch), only=choose)
+            if shares_scores(form, plan.side):
+                plan = replace(plan, scores="kept") if plan.forward else replace(plan, scores="given", only=False)
             name = f"{form.name}_{launch.role}"
             out[launch.role] = SideKernel(form, plan, name, spans).build()
+            if plan.scores == "given":  # pairs need no anchor
+                continue
             if anchor == "start" or anchor == "blocks" and not plan.gate:
                 plan, role = replace(plan, anchor=anchor), f"{launch.role}_{anchor}"
                 out[role] = SideKernel(form, plan, f"{form.name}_{role}", spans).build()
@@ -92,6 +96,20 @@ def _plan(form: ScanForm, launch: T.Kernel) -> SidePlan:
     reads = tuple(m for m, q in enumerate(form.queries) if own[q.name])
     gate = any(own[g.name] and g.given for g in form.gates)
     return SidePlan(side, reads, tuple(range(len(form.writes))), gate=gate)
+
+
+def shares_scores(form: ScanForm, side: Side) -> bool:
+    """Whether the kernel of reads over a side keeps its scores for the one of gradients: what gates took long to decay
+    is smaller than what it is made of. All queries must have their results there, and no gate its gradient or a number
+    for each of the side's."""
+    gate = form.gate(side)
+    return bool(form.gates) and gate is None and all(q.side != side for q in form.queries)
+
+
+def kept_scores(form: ScanForm) -> list[str]:
+    """The scores that are kept from forward to backward, by name."""
+    shared = any(shares_scores(form, side) for side in ("i", "j"))
+    return [f"scores_{m}{r}" for m in range(len(form.queries)) for r in range(len(form.writes)) if shared]
 
 
 def spans_of(unit: Unit, lines: Lines) -> dict[str, str]:
@@ -183,7 +201,7 @@ def emit_kernels(units: tuple[Unit, ...], lines: Lines, tiles: Mapping[str, Mapp
         _helpers([form for form, _ in made], w)
     if made:
         emit_schedules(made, schedules, w)
-        _join(w)
+        _segments(w)
     for form, kernels in made:
         _scan(form, kernels, lines, w)
     for unit in units:
@@ -334,9 +352,9 @@ def _helpers(forms: list[ScanForm], w: Writer) -> None:
             w("return found")
 
 
-def _join(w: Writer) -> None:
+def _segments(w: Writer) -> None:
     """What the walks of all matrix scans share where sequences are cut."""
-    kernel = join_kernel()
+    kernel = complete_kernel()
     verify_kernel(kernel)
     w()
     w()
@@ -351,7 +369,8 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
         kernel.print(w)
     names = [o.name for o in form.operands()]
     typed = ", ".join(f"{n}: Tensor" for n in names)
-    outs, numbers = form.results(), form.typed_numbers()
+    outs, scores = form.results(), kept_scores(form)
+    options = ", wanted: bool" * bool(scores) + form.typed_numbers()
     w()
     w()
     with w.indented(f"class {form.name}_Scan(torch.autograd.Function):"):
@@ -359,7 +378,7 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
         w()
         w("@staticmethod")
         with w.indented(
-            f"def forward(ctx: Any, seq: Sequences, {typed}, initial: Tensor | None{numbers}) -> tuple[Tensor, ...]:"
+            f"def forward(ctx: Any, seq: Sequences, {typed}, initial: Tensor | None{options}) -> tuple[Tensor, ...]:"
         ):
             w("operands = (" + "".join(f"{n}.contiguous(), " for n in names).rstrip() + ")")
             w(f"{''.join(n + ', ' for n in names).rstrip()} = operands")
@@ -376,12 +395,14 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
             for q, out in zip(form.queries, outs):
                 like = form.writes[0][q.side == "i"].name  # of the side that the result is over
                 w(f"{out} = torch.empty_like({like})")
+            for name in scores:
+                w(f"{name} = {key}.new_empty((tiles, H, TILE, TILE), dtype=kept) if wanted else None")
             for launch in forward[1:]:
                 _launch(form, kernels, launch, w)
             w("ctx.seq = seq")
             if form.numbers():
                 w(f"ctx.numbers = ({''.join(n + ', ' for n in form.numbers()).rstrip()})")
-            w(f"ctx.save_for_backward({', '.join(['*operands', 'states', *totals])})")
+            w(f"ctx.save_for_backward({', '.join(['*operands', 'states', *totals, *scores])})")
             w(f"return ({', '.join(outs)},) if last is None else ({', '.join([*outs, 'last'])})")
         w()
         w("@staticmethod")
@@ -400,7 +421,9 @@ def _scan(form: ScanForm, kernels: dict[str, Kernel], lines: Lines, w: Writer) -
 def _entry(form: ScanForm, names: list[str], typed: str, w: Writer) -> None:
     """The function that layers call: one token is a kernel of its own, which takes operands as they are stored."""
     numbers = form.typed_numbers()
-    given = f"seq, {', '.join([*names, 'initial', *form.numbers()])}"
+    operands = ", ".join([*names, "initial"])
+    given = ", ".join(["seq", operands, *form.numbers()])
+    wanted = [f"tracked({operands})"] if kept_scores(form) else []
     w()
     w()
     w("@as_given")
@@ -410,10 +433,11 @@ def _entry(form: ScanForm, names: list[str], typed: str, w: Writer) -> None:
         w(f'"""Operands [B, T, H, D], the state [N, H, I, J] before the first token; gives each read {form.when} '
           f'the update{", times its scale" * bool(numbers)}, and the last state. Without a state it starts at zero '
           'and gives none."""')  # fmt: skip
-        with w.indented(f"if seq.one_token and initial is not None and not tracked({', '.join([*names, 'initial'])}):"):
+        with w.indented(f"if seq.one_token and initial is not None and not tracked({operands}):"):
             w(f"return {form.name}_step({given})")
         w(f"places(seq)  # kept from here on: torch.compile keeps nothing that is made inside `{form.name}_Scan`")
-        w(f"result: tuple[Any, ...] = {form.name}_Scan.apply({given})")
+        taken = ", ".join(["seq", operands, *wanted, *form.numbers()])
+        w(f"result: tuple[Any, ...] = {form.name}_Scan.apply({taken})")
         w("return (*result, None) if initial is None else result")
 
 
@@ -438,16 +462,19 @@ def _totals(form: ScanForm) -> dict[str, str]:
 
 def _walk(form: ScanForm, kernels: dict[str, Kernel], launch: T.Kernel, w: Writer, last: str, initial: str,
           states: str) -> None:  # fmt: skip
-    """A walk over tiles: its launch as a function, and `walked_tiles`, which calls it once or, for segments, twice."""
-    decays = "".join(f", decay_{g.side}: Tensor | None = None" for g in form.gates)
+    """A walk over tiles: its launch as a function, and `walked_tiles`, which calls it. With a gate for each number a
+    step takes long, and little is left of a state: sequences are cut before programs leave a GPU idle."""
+    kept = [f"{name}_{g.side}" for g in form.gates for name in ("decay", "passed", "alive")]
     sides = "".join(g.side for g in form.gates)
+    enough = "FULL" if form.wide() else "IDLE"
     w()
     w("def launch(")
-    w("    segment: int, segments: int, initial: Tensor | None, states: Tensor | None, last: Tensor | None" + decays)
+    w("    segment: int, segments: int, initial: Tensor | None, states: Tensor, last: Tensor | None"
+      + "".join(f", {name}: Tensor | None = None" for name in kept))  # fmt: skip
     with w.indented(") -> None:"):
         _call(kernels[launch.role], launch, w, {})
     w()
-    w(f'{last} = walked_tiles(seq, launch, "{sides}", {initial}, {states})')
+    w(f'{last} = walked_tiles(seq, launch, "{sides}", {enough}, {initial}, {states}, {launch.role == "ends"})')
 
 
 def _launch(form: ScanForm, kernels: dict[str, Kernel], launch: T.Kernel, w: Writer) -> None:
@@ -492,7 +519,8 @@ def _backward(form: ScanForm, kernels: dict[str, Kernel], backward: list[T.Kerne
     w("seq = ctx.seq")
     if form.numbers():
         w(f"{''.join(n + ', ' for n in form.numbers()).rstrip()} = ctx.numbers")
-    w(f"{', '.join([*names, 'states', *_totals(form)])} = ctx.saved_tensors")
+    scores = kept_scores(form)
+    w(f"{', '.join([*names, 'states', *_totals(form), *scores])} = ctx.saved_tensors")
     w(f"{''.join(g + ', ' for g in grads).rstrip()} = {''.join(g + '.contiguous(), ' for g in grads).rstrip()}")
     for g in form.gates:
         if g.raw:
@@ -516,7 +544,8 @@ def _backward(form: ScanForm, kernels: dict[str, Kernel], backward: list[T.Kerne
         if g.thin or g.raw:
             w(f"d_{g.name} = d_{g.name}.to({g.name}{'_value' if g.raw else ''}.dtype)")
     gradients = [f"d_{o.name}" if o.given else "None" for o in form.operands()]
-    w(f"return None, {', '.join([*gradients, 'd_initial', *('None' for _ in form.numbers())])}")
+    rest = ["None"] * (bool(scores) + len(form.numbers()))
+    w(f"return None, {', '.join([*gradients, 'd_initial', *rest])}")
 
 
 def raised_by(form: ScanForm, launch: T.Kernel) -> set[str]:

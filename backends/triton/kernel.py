@@ -20,7 +20,8 @@ OVER = {
     "count": "tiles",
     "whole": "whole tiles",  # of which all rows are there
     "tiles - whole": "tiles",
-    "own": "segments",
+    "turn": "segments",
+    "alive": "tiles",
     "LEVELS": "levels",
     "levels": "levels",
     "upper_levels": "levels",
@@ -33,7 +34,7 @@ OVER = {
 }
 TILES = re.compile(r"tl\.cdiv\(length\w*, B([QR])\)")
 CONSTANTS = ("H", "I", "J", "D", "C", "LEVELS", "BI", "BJ", "BD", "BQ", "BR", "BT", "AI", "AJ", "DOT", "PRECISION",
-             "PARTS", "GATE_PARTS", "LIMIT", "AFTER", "STAGES", "W")  # fmt: skip
+             "PARTS", "GATE_PARTS", "LIMIT", "AFTER", "BACK", "STAGES", "W")  # fmt: skip
 
 
 def over(stop: str, sizes: tuple[str, ...]) -> str:

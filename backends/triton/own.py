@@ -27,10 +27,10 @@ class SideKernel(SideBase):
         arguments = [f"{g.name}_ptr" for g in self.form.gates]
         arguments += [f"{n}_ptr" for n in [*self.own_names(), *self.far_names()]]
         arguments += (["states_ptr"] if self.reads else []) + (["ends_ptr"] if self.writes else [])
-        arguments += [f"{r}_ptr" for r in self.outputs()]
-        arguments += [self.form.scales[m] for m in self.reading if self.form.scales[m]]
+        arguments += [f"{r}_ptr" for r in [*self.outputs(), *self.score_names()]]
+        arguments += [self.form.scales[m] for m in self.reading if self.form.scales[m] and not self.given]
         arguments += ["tile_start_ptr", "tile_stop_ptr", "tokens", "each", f"parts_{self.o}"]
-        if (self.own or self.far) and self.plan.anchor != "start":
+        if (self.own or self.far) and self.plan.anchor != "start" and not self.given:
             arguments.append(self.level_count())
         if self.plan.only:
             arguments += [f"totals_{g.side}_ptr" for g in self.form.gates if not g.thin]
@@ -40,7 +40,7 @@ class SideKernel(SideBase):
         """All that is done to a tile."""
         if self.thin is not None:
             self.thin_decays(self.thin)
-        for m, r in self.pairs:
+        for m, r in () if self.given else self.pairs:
             self.b.let(f"score_{m}{r}", call(ZEROS, "(C, C)", "tl.float32"))
             if self.diagonals() and not self.on_diagonal():
                 self.b.let(f"own_{m}{r}", call(ZEROS, "(C,)", "tl.float32"))
@@ -56,8 +56,9 @@ class SideKernel(SideBase):
     def over_blocks(self) -> None:
         """One loop over the other side, for all that is wanted of it."""
         with self.blocks() as part:
-            self.across(part, self.far_names(), scores=True, reads=self.reads, writes=self.writes, edges=self.plan.gate)
-        for m in self.reading:
+            self.across(part, self.far_names(), scores=not self.given, reads=self.reads, writes=self.writes,
+                        edges=self.plan.gate)  # fmt: skip
+        for m in () if self.given else self.reading:
             self.scale(m)
         if self.plan.gate and self.far is None:
             own = Expr(f"col_{self.x}")
@@ -78,6 +79,8 @@ class SideKernel(SideBase):
             text = f"What is read of {self.form.scan.name}: from the tile's first state and from writes inside it"
         else:
             text = f"Gradients over ({', '.join(self.form.scan.i if self.x == 'i' else self.form.scan.j)}) of one tile"
+        if self.given:
+            return f"{text}, by the scores that forward kept."
         if self.own is None and self.far is None:
             return f"{text}."
         at = {"start": "the tile's start", "blocks": "the start of blocks", "levels": "the middle between them"}
@@ -124,6 +127,9 @@ class SideKernel(SideBase):
         b, t = self.b, self.t
         gate = t.gate(g)
         assert gate is not None
+        if self.given:
+            b.let("to_end", t.to_end(gate, True))
+            return
         column = b.let("column", trans(gate), "the gates as a column")
         gaps: Expr | None = None
         if self.reads:
@@ -155,7 +161,7 @@ class SideKernel(SideBase):
             wanted = [(self.read_name(m), write, "earlier")] if m in self.reads else []
             wanted += [(self.write_name(r), read, "later")] if self.writes else []
             for name, factor, mask in wanted:
-                part_of = dot(self.used(m, r, t.mask(mask) if self.both else self.half(reads=bool(self.reads))), factor)
+                part_of = dot(self.used(m, r, t.mask(mask)) if self.both else self.of_half(m, r), factor)
                 parts[name] = parts[name] + part_of if name in parts else part_of
         if self.thin is not None:
             for name, decay in decays.items():
@@ -170,6 +176,19 @@ class SideKernel(SideBase):
             self.store(name)
         if self.plan.gate:
             self.thin_gate()
+
+    def of_half(self, m: int, r: int) -> Expr:
+        """Scores where reads or writes are all that is wanted; of reads they may be kept, and of writes given."""
+        b, inside, score = self.b, Expr("inside"), Expr(f"score_{m}{r}")
+        if self.given:
+            return trans(b.load(score.op, self.kept(m, r), inside.rows))
+        used = self.used(m, r, self.half(reads=bool(self.reads)))
+        if self.plan.scores != "kept":
+            return used
+        b.let(score.op, used.to("DOT"))
+        with b.when(Expr(f"scores_{m}{r}_ptr").given):
+            b.store(self.kept(m, r), score, inside.rows & Expr("block").same(0))
+        return score
 
     def edge_flows(self) -> None:
         """What passes each gate of one number a head on its way from the tile's start and to its end."""

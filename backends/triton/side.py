@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Literal
 
 from chunkc.backends.scan import Anchor, Operand, ScanForm, Side
 from chunkc.backends.triton.kernel import Expr, call, dot, masked_sum, trans, where
@@ -29,7 +30,8 @@ class SidePlan:
 
     Forward, reads are results; backward a read is a query's gradient. A gate's gradient is made of all reads and
     writes, also of those that are no results. `only`: whether it leaves the tiles alone that are too much for its
-    anchor, or mild enough for another one's."""
+    anchor, or mild enough for another one's. `scores`: whether it keeps its pairs' decayed scores, if it is given a
+    place for them, or is given those that another one kept."""
 
     side: Side
     reads: tuple[int, ...]
@@ -38,6 +40,7 @@ class SidePlan:
     gate: bool = False
     anchor: Anchor = "levels"
     only: bool = False
+    scores: Literal["", "kept", "given"] = ""
 
 
 class SideBase(OneSide):
@@ -59,6 +62,7 @@ class SideBase(OneSide):
         self.reading = tuple(range(len(self.readers))) if self.writes else self.reads  # whose scores are needed
         self.pairs = [(m, r) for m in self.reading for r in range(len(self.writers))]
         self.both = bool(self.reads and self.writes)
+        self.given = plan.scores == "given"
 
     # Names of operands that the kernel takes: on its own side, and on the other.
     def own_names(self) -> list[str]:
@@ -67,7 +71,7 @@ class SideBase(OneSide):
         return list(dict.fromkeys(names))
 
     def far_names(self) -> list[str]:
-        names = [self.readers[m].on(self.o) for m in self.reading]
+        names = [self.readers[m].on(self.o) for m in self.reading if not self.given]
         return list(dict.fromkeys([*names, *(p.on(self.o) for p in self.writers)]))
 
     def outputs(self) -> list[str]:
@@ -126,6 +130,15 @@ class SideBase(OneSide):
     def half(self, reads: bool) -> Expr:
         """The pairs of reads, a row's with all writes; or of writes, a row's with all reads."""
         return self.t.since if reads else self.t.behind
+
+    def score_names(self) -> list[str]:
+        """The matrices of scores [tiles, H, C, C] that the kernel keeps or is given."""
+        return [f"scores_{m}{r}" for m, r in self.pairs] if self.plan.scores else []
+
+    def kept(self, m: int, r: int) -> Expr:
+        """Where a tile's scores are kept [C, C], a read a row and a write a column."""
+        cell = Expr("row").rows * "C" + Expr("row").cols
+        return Expr(f"scores_{m}{r}_ptr") + (Expr("tile") * "H" + "head") * (Expr("C") * "C") + cell
 
     def used(self, m: int, r: int, mask: Expr) -> Expr:
         """Scores of the pairs that a mask names."""

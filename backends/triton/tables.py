@@ -20,9 +20,9 @@ WALKS: tuple[Schedule, ...] = ((64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), 
 SIDES: tuple[Schedule, ...] = ((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 4, 3), (64, 128, 8, 2))
 GATES: tuple[Schedule, ...] = ((64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 1))
 IDLE = 128  # programs that leave a GPU idle
+FULL = 256  # programs that fill one better than fewer, longer ones
 CUT = 4096  # tokens of a segment, where sequences are cut
 MANY = 256  # sequences and heads that fill a GPU with a program each
-JOINED = 512  # numbers of a state that a program takes along segments
 
 
 def default_schedule(form: ScanForm, role: str) -> Schedule:
@@ -68,8 +68,8 @@ def emit_schedules(made: list[tuple[ScanForm, dict[str, Kernel]]], tuned: Mappin
     w("# Columns of the sides i and j that a program takes, warps, stages; SAFE in float32, and on AMD GPUs.")
     w(f"SAFE = {SAFE}")
     w(f"IDLE = {IDLE}  # programs that leave a GPU idle: then walks over tiles have the narrower blocks, and so more;")
-    w(f"CUT = {CUT}  # and if these leave it idle, too, each walks over a segment of so many tokens")
-    w(f"JOINED = {JOINED}  # numbers of a state that a program takes along segments")
+    w(f"FULL = {FULL}  # programs that fill one better than fewer, longer ones")
+    w(f"CUT = {CUT}  # tokens of the segment that a program walks over, where programs are too few")
     with w.indented("SCHEDULES: dict[str, tuple[int, int, int, int]] = {"):
         for name, schedule in table.items():
             tail = f"  # tuned; {schedule} before" if tuned.get(name, schedule) != schedule else ""

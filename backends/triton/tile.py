@@ -32,6 +32,12 @@ def real(x: Expr | str) -> Expr:
     return (x if isinstance(x, Expr) else Expr(x)).to("tl.float32")
 
 
+def columns(b: Builder, side: Side, number: Expr) -> None:
+    """A block's columns of a side and which exist."""
+    cols = b.let(f"col_{side}", number * block(side) + call("tl.arange", 0, block(side)))
+    b.let(f"has_{side}", cols < SIZE[side])
+
+
 def scaled(x: Expr | str, factor: Expr | None) -> Expr:
     """An operand times a decay: as it was loaded, if there is none."""
     x = x if isinstance(x, Expr) else Expr(x)
@@ -81,8 +87,7 @@ class Tile:
 
     def columns(self, side: Side, number: Expr) -> None:
         """A block's columns of a side and which exist."""
-        cols = self.b.let(f"col_{side}", number * block(side) + call("tl.arange", 0, block(side)))
-        self.b.let(f"has_{side}", cols < SIZE[side])
+        columns(self.b, side, number)
 
     def mask(self, name: str) -> Expr:
         """Pairs of tokens; defined once, before all loops."""

@@ -180,7 +180,7 @@ def _launch(kernel: Kernel, own: Side | None, w: Writer) -> None:
     given = {"H": "H", "I": "I", "J": "J", **{f"B{s}": f"power_of_two({s})" for s in "IJ"}}
     if own is not None:
         given[f"B{own.upper()}"] = "block"
-        w(f"block, warps = (128, 8) if seq.count * H >= {MANY} else (32, 4)")
+        w(f"block, warps = (64, 4) if seq.count * H >= {MANY} else (32, 4)")
     blocks = f"cdiv({own.upper()}, block)" if own is not None else "1"
     constants = ", ".join(f"{c}={given.get(c, c)}" for c in kernel.constants)
     with w.indented("if seq.count:"):

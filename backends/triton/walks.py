@@ -16,7 +16,7 @@ CHANNELS = 64  # of a program that walks along a sequence
 # it is the compiler's choice, a token's bits depend on whether its tile is whole.
 WALKED = {"C": 64, "W": 4, "num_warps": 4, "STAGES": 3, "enable_fp_fusion": False}
 SHORT = {**WALKED, "C": 16, "W": 1, "num_warps": 1, "STAGES": 1}
-ROOM = (56 if torch.version.hip else 96) * 1024  # bytes on chip that a program may have for tiles to come, on any GPU
+ROOM = 56 * 1024  # bytes on chip that a program has for tiles to come: on any GPU, and so that others are beside it
 SEGMENT = 1024  # tokens of a segment
 FEW = 96  # programs that leave a GPU idle: then each walks along a segment
 
