@@ -242,13 +242,15 @@ def sum_kind(e: Expr, scan: Scan, values: dict[str, Expr]) -> str:
     past a gate, or a token's read of its own write, which is no contraction of two tiles."""
     (arg,) = e.args[:1]
     gates = {g.name: g for g in scan.form.gates}
-    if arg.op in ("flowing", "before", "crossing"):
+    thin = any(g.thin for g in gates.values())
+    if arg.op in ("flowing", "before"):
         return "flow"
+    if thin and re.fullmatch(r"pairs_\d+", arg.op):  # of a read or a write, what dots gave for each pair
+        return "thin gate's gradient over pairs"
     if e.args[1].text() == "1" and is_own(arg, scan):
         return "own"
     if arg.op in gates and not arg.args:
         return "total"
-    thin = any(g.thin for g in gates.values())
     if thin and arg.op == "tl.where" and arg.args[2].text() == "0.0":
         inside = arg.args[1]
         if inside.op in gates and gates[inside.op].thin:

@@ -131,14 +131,10 @@ class SideKernel(SideBase):
             b.let("to_end", t.to_end(gate, True))
             return
         column = b.let("column", trans(gate), "the gates as a column")
-        gaps: Expr | None = None
         if self.reads:
             gaps = masked_sum(t.since, where(t.mask("earlier"), column, 0.0), "GATE_PARTS")
-        if self.writes:
-            behind = t.behind
-            upward = masked_sum(t.mask("later"), where(behind, column, 0.0), "GATE_PARTS")
-            gaps = upward if gaps is None else gaps + upward
-        assert gaps is not None
+        else:
+            gaps = masked_sum(t.mask("later"), where(t.behind, column, 0.0), "GATE_PARTS")
         b.let("gaps", exp(gaps), "decays between two tokens")
         if self.reads:
             b.let("from_start", t.from_start(gate, True))
@@ -147,21 +143,21 @@ class SideKernel(SideBase):
 
     def plain(self) -> None:
         """Without a gate for each of the own side's numbers, scores times factors are all there is."""
-        b, t = self.b, self.t
+        b = self.b
         decays = {self.read_name(m): "from_start" for m in self.reads}
         decays |= {self.write_name(r): "to_end" for r in self.writes}
         for name in decays:
             self.zeros(name)
         self.over_blocks()
-        self.join_scores()
         self.load_own()
+        low, high = self.halves()
         parts: dict[str, Expr] = {}
         for m, r in self.pairs:
             read, write = self.operands(m, r, self.x)
-            wanted = [(self.read_name(m), write, "earlier")] if m in self.reads else []
-            wanted += [(self.write_name(r), read, "later")] if self.writes else []
-            for name, factor, mask in wanted:
-                part_of = dot(self.used(m, r, t.mask(mask)) if self.both else self.of_half(m, r), factor)
+            wanted = [(self.read_name(m), low, write)] if m in self.reads else []
+            wanted += [(self.write_name(r), high, read)] if self.writes else []
+            for name, scores, factor in wanted:
+                part_of = dot(scores[m, r], factor)
                 parts[name] = parts[name] + part_of if name in parts else part_of
         if self.thin is not None:
             for name, decay in decays.items():
@@ -170,25 +166,10 @@ class SideKernel(SideBase):
             self.edge_flows()
         for name, part_of in parts.items():
             b.add(Expr(name), part_of)
-        for name in decays:
-            self.own_pairs(name)
         for name in self.outputs()[: len(self.plan.reads) + len(self.plan.writes)]:
             self.store(name)
         if self.plan.gate:
             self.thin_gate()
-
-    def of_half(self, m: int, r: int) -> Expr:
-        """Scores where reads or writes are all that is wanted; of reads they may be kept, and of writes given."""
-        b, inside, score = self.b, Expr("inside"), Expr(f"score_{m}{r}")
-        if self.given:
-            return trans(b.load(score.op, self.kept(m, r), inside.rows))
-        used = self.used(m, r, self.half(reads=bool(self.reads)))
-        if self.plan.scores != "kept":
-            return used
-        b.let(score.op, used.to("DOT"))
-        with b.when(Expr(f"scores_{m}{r}_ptr").given):
-            b.store(self.kept(m, r), score, inside.rows & Expr("block").same(0))
-        return score
 
     def edge_flows(self) -> None:
         """What passes each gate of one number a head on its way from the tile's start and to its end."""
@@ -201,21 +182,24 @@ class SideKernel(SideBase):
     def thin_gate(self) -> None:
         """The gradient of a log-gate of one number a head: what passes it. Reads of the tile's first state behind it,
         writes before it that reach the last one, the first state's own way to the last, and pairs that straddle it:
-        these are a matrix here, and nothing is subtracted."""
+        all that are read behind it, less those that are written there, too. Both sums are of the same products in
+        float32, and a token's read of its own write is in neither."""
         b, t, gate = self.b, self.t, self.gate_operand()
-        behind = t.behind
         self.load_own()  # anew, so that it is not kept until here
-        straddling: list[Expr] = []
+        arriving: list[Expr] = []
+        leaving: list[Expr] = []
         for m, r in self.pairs:
             read, write = self.operands(m, r, self.x)
-            pairs = b.let(f"pairs_{m}{r}", self.used(m, r, t.mask("earlier")) * dot(read, trans(write)))
-            straddling.append(masked_sum(t.mask("earlier"), trans(pairs), "PARTS"))
-        b.let("crossing", where(behind, _total(straddling), 0.0), "of a gate, a row, and a read behind it, a column")
-        passed = where(t.mask("earlier"), Expr("flow"), 0.0) + where(t.mask("later"), Expr("written"), 0.0)
+            decayed = where(t.mask("earlier"), real(f"score_{m}{r}"), 0.0)
+            pairs = b.let(f"pairs_{m}{r}", decayed * dot(read, trans(write)))
+            arriving.append(call("tl.sum", pairs, 1, keep_dims="True"))
+            leaving.append(call("tl.sum", pairs, 0, keep_dims="True"))
+        left = b.let("left", trans(_total(leaving)), "of a write, by all pairs")
+        flow = b.let("flow", Expr("flow") + _total(arriving) - left)
+        passed = where(t.mask("earlier"), flow, 0.0) + where(t.mask("later"), Expr("written"), 0.0)
         b.let("passed", passed, "by each token's own flow, a row, for each gate, a column")
         whole = call("tl.sum", Expr("edges"), 0) * call("tl.sum", t.total(Expr(gate.name), True), 0)
-        own = call("tl.sum", "crossing", 1, keep_dims="True")
-        total = call("tl.sum", "passed", 0, keep_dims="True") + whole + trans(own + "flow" if t.late else own)
+        total = call("tl.sum", "passed", 0, keep_dims="True") + whole + trans(flow if t.late else -left)
         b.let(f"d_{gate.name}", total)
         self.store(f"d_{gate.name}")
 
@@ -298,9 +282,16 @@ class SideKernel(SideBase):
             b.let("flow", read - _total([real(writers[r]) * self.write_name(r) for r in self.writes]))
 
     def halves(self) -> tuple[dict[tuple[int, int], Expr], dict[tuple[int, int], Expr]]:
-        """Scores of each read's row with all writes, and of each write's row with all reads."""
+        """Scores of each read's row with all writes, and of each write's row with all reads; of reads they may be
+        kept, and of writes given."""
+        b, rows = self.b, Expr("inside").rows
+        if self.given:
+            return {}, {(m, r): trans(b.load(f"score_{m}{r}", self.kept(m, r), rows)) for m, r in self.pairs}
         first = self.half(reads=bool(self.reads))
-        scores = {(m, r): self.b.let(f"score_{m}{r}", self.used(m, r, first).to("DOT")) for m, r in self.pairs}
+        scores = {(m, r): b.let(f"score_{m}{r}", self.used(m, r, first).to("DOT")) for m, r in self.pairs}
+        for m, r in self.pairs if self.plan.scores else ():
+            with b.when(Expr(f"scores_{m}{r}_ptr").given):
+                b.store(self.kept(m, r), scores[m, r], rows & Expr("block").same(0))
         return scores, {at: trans(x) for at, x in scores.items()} if self.reads else scores
 
     def brought(self, decay: Expr, inverse: Expr) -> tuple[dict[int, Expr], dict[int, Expr]]:

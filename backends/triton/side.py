@@ -101,9 +101,8 @@ class SideBase(OneSide):
         return self.b.let(name, call(ZEROS, f"(C, {block(self.x)})", "tl.float32"))
 
     def diagonals(self) -> bool:
-        """Whether a token's read of its own write is kept apart: scores of both halves have no place for it, nor has a
-        level. What is anchored at a start has."""
-        return self.t.late and (self.plan.anchor == "levels" if self.own is not None else self.both)
+        """Whether a token's read of its own write is kept apart: no level has a place for it."""
+        return self.t.late and self.own is not None and self.plan.anchor == "levels"
 
     def on_diagonal(self) -> bool:
         """Whether a token's read of its own write stands in the scores."""
@@ -121,11 +120,9 @@ class SideBase(OneSide):
             score = Expr(f"score_{m}{r}")
             if self.diagonals() and self.on_diagonal():
                 b.let(f"own_{m}{r}", call("tl.sum", where(row.rows.same(row.cols), score, 0.0), 1))
-            if not self.both:
-                continue
-            if self.thin is None:
+            if self.both:
                 b.let(score.op, score.to("DOT"))
-            b.let(score.op, where(self.t.mask("earlier"), score, trans(score)))
+                b.let(score.op, where(self.t.mask("earlier"), score, trans(score)))
 
     def half(self, reads: bool) -> Expr:
         """The pairs of reads, a row's with all writes; or of writes, a row's with all reads."""

@@ -2,11 +2,11 @@
 
 A matrix scan over tiles has one sequential part, the walk over the tiles of a sequence, and for each side of the state
 all that lies over that side. The walk is a kernel: a program holds a block of the state. Each side is a kernel a
-direction: a program holds what a tile has over one block of the side, and the tile's scores. That scores which a gate
-decays are kept from the reads to the gradients of the same side, and others formed anew, is left to the back end: these
-graphs have them as parts of both kernels. A log-gate's gradient is made of what its side's kernel has anyway; that of a gate
-which is no logarithm, or of one beside another, has kernels of its own. Scans without sides have a kernel that serves
-them all, and are left as they are.
+direction: a program holds what a tile has over one block of the side, and the tile's scores. That those which a gate
+decays are kept from the reads to the gradients of the same side, and others formed anew, is left to the back end:
+these graphs have them as parts of both kernels. A log-gate's gradient is made of what its side's kernel has anyway;
+that of a gate which is no logarithm, or of one beside another, has kernels of its own. Scans without sides have a
+kernel that serves them all, and are left as they are.
 """
 
 from __future__ import annotations
