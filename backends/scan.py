@@ -34,7 +34,7 @@ after halves levels log_gate masked_sum d_initial d_last low_i low_j up_i up_j f
 cdiv power_of_two places to_end_i to_end_j to_edge_i to_edge_j decay_i decay_j reads_i reads_j written_i written_j
 walk first_tile turn begin end own skipped place total_i total_j totals_i totals_j decayed_i decayed_j segment segments
 launch programs warps walked_tiles segment_of completed IDLE FULL CUT SAFE SCHEDULES
-reached alive alive_i alive_j passed_i passed_j tiles_i tiles_j enough back walks
+reached alive alive_i alive_j passed_i passed_j tiles_i tiles_j enough back walks wanted
 blocks column edges edge_states flow_of_reads flowing from_start gaps inverse near near_read next parts_i parts_j passed
 sums_i sums_i_read sums_j sums_j_read tile_start tile_stop to_end whole written same
 """

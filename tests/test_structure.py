@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from crosscompile import TARGETS, compile_kernel, overwritten, sources, usage
 from emitted import emit
 from shipped import RECURRENCES
 
+from chunkc.backends.package import emit_files
 from chunkc.backends.scan import EMITTED, NUMBERED, ScanForm, derived_names, scan_form
 from chunkc.backends.triton.emit import kernels_of, launches, spans_of
 from chunkc.backends.triton.kernel import Expr, Kernel, Let, Loop, Store, call, where
@@ -201,7 +203,7 @@ def test_kernels_read_and_write_what_the_graph_says(name: str, index: int, role:
     assert {PASSED.get(role, {}).get(p, p) for p in pointers} == wanted
     stored = {e.op.removesuffix("_ptr") for s in kernel.statements() if isinstance(s, Store) for e in s.pointer.walk()}
     stored = {PASSED.get(role, {}).get(p, p) for p in stored}
-    assert {p for p in stored if not p.startswith("scores_")} & wanted == outputs
+    assert stored & wanted == outputs
 
 
 # -- contractions ------------------------------------------------------------------------------------------------------
@@ -383,6 +385,22 @@ def test_names_are_kept_free(name: str, index: int, role: str) -> None:
     own = {n for o in scan.form.operands() for n in derived_names(o.name)}
     made = {s.name for s in kernel.statements() if isinstance(s, Let | Loop)}
     made |= {a.removesuffix("_ptr") for a in kernel.arguments}
+    assert {n for n in made - own if not NUMBERED.fullmatch(n)} <= EMITTED
+
+
+@pytest.mark.parametrize("name", cases.OPS)
+def test_names_of_launches_are_kept_free(name: str) -> None:
+    """What the functions that launch kernels call their own values, and their arguments, no operand is called."""
+    source = SourceFile("f.spec", cases.OPS[name])
+    units = compile_source(source).units
+    forms = [scan_form(u, s) for u in units for s in u.graph.of_kind(N.Scan) if s.i or s.j]
+    own = {n for form in forms for o in form.operands() for n in derived_names(o.name)}
+    classes = {f"{form.name}_Scan" for form in forms}
+    made: set[str] = set()
+    for node in ast.parse(emit_files(source, units, {})["_kernels.py"]).body:
+        if isinstance(node, ast.ClassDef) and node.name in classes:
+            made |= {x.arg for x in ast.walk(node) if isinstance(x, ast.arg)}
+            made |= {x.id for x in ast.walk(node) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}
     assert {n for n in made - own if not NUMBERED.fullmatch(n)} <= EMITTED
 
 
