@@ -14,6 +14,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from chunkc.backends.triton.schedule import SUMS
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -23,8 +25,8 @@ TARGETS = {
 
 PLACES = ("tile_start", "tile_stop", "sequence_start", "sequence_tile", "is_mild", "rounded")
 TABLES = ("tile_start_ptr", "tile_stop_ptr", "offsets_ptr", "first_tile_ptr")  # a dense batch has none
-REAL = ("initial", "last", "state_ptr", "next", "totals", "reached", "entered", "passed", "a_ptr", "b_ptr", "out_ptr")
-SUMS = [f"{n}_{s}_ptr" for n in ("decay", "passed", "alive") for s in "ij"]  # a walk over whole sequences has none
+REAL = ("initial", "last", "state_ptr", "next", "totals", "reached", "passed", "a_ptr", "b_ptr", "out_ptr")
+KEPT = [f"{n}_{s}_ptr" for n in SUMS for s in "ij"]  # a walk over whole sequences has none
 
 
 def sources(kernels: ModuleType) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def compile_kernel(kernel: Any, target: str, warps: int, size: int = 128, stages
         "H": 4, "I": size, "J": size, "D": size, "C": 64, "LEVELS": 6, "BI": 64, "BJ": 64, "BD": 64, "AFTER": 1,
         "AI": size, "AJ": size, "DOT": tl.bfloat16, "PRECISION": "ieee", "PARTS": 2, "GATE_PARTS": 2,
         "LIMIT": 80.0, "STAGES": 1,
-        **dict.fromkeys((*TABLES, *SUMS)), **blocks,
+        **dict.fromkeys((*TABLES, *KEPT)), **blocks,
     }  # fmt: skip
     signature, constants = {}, {}
     for name in kernel.arg_names:

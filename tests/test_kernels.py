@@ -24,7 +24,7 @@ from chunkc.backends.token import free_side
 from chunkc.backends.triton.emit import kept_scores, kernels_of, launches
 from chunkc.backends.triton.kernel import Expr, If, Kernel, Let, Loop, Statement, Store
 from chunkc.backends.triton.packing import fill_kernel
-from chunkc.backends.triton.schedule import complete_kernel
+from chunkc.backends.triton.schedule import SUMS, complete_kernel
 from chunkc.backends.triton.text import parse_expr, parse_kernels
 from chunkc.backends.triton.vector import own_kernels
 from chunkc.backends.triton.verify import KernelError, verify_kernel
@@ -168,7 +168,6 @@ def test_text_of_no_kernel(line: str) -> None:
 # -- meaning -----------------------------------------------------------------------------------------------------------
 
 LENGTHS = (21, 0, 1, 8)
-SUMS = ("decay", "passed", "alive")  # what walks over segments keep of a side's gate
 SCALE = 0.375  # of results that are multiplied by a number
 C = 8
 

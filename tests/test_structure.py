@@ -22,7 +22,7 @@ from chunkc.backends.package import emit_files
 from chunkc.backends.scan import EMITTED, NUMBERED, ScanForm, derived_names, scan_form
 from chunkc.backends.triton.emit import kernels_of, launches, spans_of
 from chunkc.backends.triton.kernel import Expr, Kernel, Let, Loop, Store, call, where
-from chunkc.backends.triton.schedule import SIDES, complete_kernel
+from chunkc.backends.triton.schedule import SIDES, SUMS, complete_kernel
 from chunkc.backends.triton.tables import default_schedule
 from chunkc.backends.triton.vector import plain_kernels
 from chunkc.backends.writer import Lines, Writer
@@ -170,7 +170,7 @@ PLACES = {
     "each",
     "segment",
     "segments",
-    *(f"{name}_{side}" for name in ("decay", "passed", "alive") for side in "ij"),
+    *(f"{name}_{side}" for name in SUMS for side in SIDES),
     "totals_i",
     "totals_j",
     "parts_i",

@@ -17,7 +17,7 @@ from chunkc.backends.triton.launch import emit_attention
 from chunkc.backends.triton.own import SideKernel
 from chunkc.backends.triton.packing import emit_tables
 from chunkc.backends.triton.pairs import NoKernel
-from chunkc.backends.triton.schedule import WALKS, complete_kernel, pass_kernel
+from chunkc.backends.triton.schedule import SUMS, WALKS, complete_kernel, pass_kernel
 from chunkc.backends.triton.side import SidePlan
 from chunkc.backends.triton.tables import emit_schedules
 from chunkc.backends.triton.token import call_kernel, emit_call, emit_step, step_kernel
@@ -464,7 +464,7 @@ def _walk(form: ScanForm, kernels: dict[str, Kernel], launch: T.Kernel, w: Write
           states: str) -> None:  # fmt: skip
     """A walk over tiles: its launch as a function, and `walked_tiles`, which calls it. With a gate for each number a
     step takes long, and little is left of a state: sequences are cut before programs leave a GPU idle."""
-    kept = [f"{name}_{g.side}" for g in form.gates for name in ("decay", "passed", "alive")]
+    kept = [f"{name}_{g.side}" for g in form.gates for name in SUMS]
     sides = "".join(g.side for g in form.gates)
     enough = "FULL" if form.wide() else "IDLE"
     w()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from chunkc.backends.scan import Operand, Pair, ScanForm, Side
 from chunkc.backends.triton.kernel import Expr, Kernel, call, dot, masked_sum, trans, where
-from chunkc.backends.triton.tile import SIZE, OneSide, block, real, scaled
+from chunkc.backends.triton.tile import SIZE, OneSide, block, columns, real, scaled
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class GateKernel(OneSide):
         for m, r in self.pairs:
             b.let(f"score_{m}{r}", call("tl.zeros", "(C, C)", "tl.float32"))
         with b.loop("part", self.blocks(), f"blocks of side {self.o}") as part:
-            t.columns(self.o, part)
+            columns(b, self.o, part)
             gate = t.gate(self.far)
             for n in self.names(self.o):
                 t.load(n, self.o)
@@ -147,7 +147,7 @@ class GateKernel(OneSide):
         b, t, x, o = self.b, self.t, self.x, self.o
         value = b.let(name, call("tl.zeros", f"(C, {block(x)})", "tl.float32"))
         with b.loop("part", self.blocks(), f"blocks of side {o}") as part:
-            t.columns(o, part)
+            columns(b, o, part)
             gate = t.gate(self.far)
             operand = t.load(pair.on(o), o)
             self.load_state(state)

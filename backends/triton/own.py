@@ -28,9 +28,9 @@ class SideKernel(SideBase):
         arguments += [f"{n}_ptr" for n in [*self.own_names(), *self.far_names()]]
         arguments += (["states_ptr"] if self.reads else []) + (["ends_ptr"] if self.writes else [])
         arguments += [f"{r}_ptr" for r in [*self.outputs(), *self.score_names()]]
-        arguments += [self.form.scales[m] for m in self.reading if self.form.scales[m] and not self.given]
+        arguments += [self.form.scales[m] for m in self.scoring if self.form.scales[m]]
         arguments += ["tile_start_ptr", "tile_stop_ptr", "tokens", "each", f"parts_{self.o}"]
-        if (self.own or self.far) and self.plan.anchor != "start" and not self.given:
+        if (self.own or self.far) and self.plan.anchor != "start" and self.scoring:
             arguments.append(self.level_count())
         if self.plan.only:
             arguments += [f"totals_{g.side}_ptr" for g in self.form.gates if not g.thin]
@@ -40,7 +40,7 @@ class SideKernel(SideBase):
         """All that is done to a tile."""
         if self.thin is not None:
             self.thin_decays(self.thin)
-        for m, r in () if self.given else self.pairs:
+        for m, r in self.pairs if self.scoring else ():
             self.b.let(f"score_{m}{r}", call(ZEROS, "(C, C)", "tl.float32"))
             if self.diagonals() and not self.on_diagonal():
                 self.b.let(f"own_{m}{r}", call(ZEROS, "(C,)", "tl.float32"))
@@ -56,9 +56,8 @@ class SideKernel(SideBase):
     def over_blocks(self) -> None:
         """One loop over the other side, for all that is wanted of it."""
         with self.blocks() as part:
-            self.across(part, self.far_names(), scores=not self.given, reads=self.reads, writes=self.writes,
-                        edges=self.plan.gate)  # fmt: skip
-        for m in () if self.given else self.reading:
+            self.across(part)
+        for m in self.scoring:
             self.scale(m)
         if self.plan.gate and self.far is None:
             own = Expr(f"col_{self.x}")
@@ -127,15 +126,11 @@ class SideKernel(SideBase):
         b, t = self.b, self.t
         gate = t.gate(g)
         assert gate is not None
-        if self.given:
-            b.let("to_end", t.to_end(gate, True))
-            return
-        column = b.let("column", trans(gate), "the gates as a column")
-        if self.reads:
-            gaps = masked_sum(t.since, where(t.mask("earlier"), column, 0.0), "GATE_PARTS")
-        else:
-            gaps = masked_sum(t.mask("later"), where(t.behind, column, 0.0), "GATE_PARTS")
-        b.let("gaps", exp(gaps), "decays between two tokens")
+        if self.scoring:
+            column = b.let("column", trans(gate), "the gates as a column")
+            rows, gates = (t.since, t.mask("earlier")) if self.reads else (t.mask("later"), t.behind)
+            gaps = masked_sum(rows, where(gates, column, 0.0), "GATE_PARTS")
+            b.let("gaps", exp(gaps), "decays between two tokens")
         if self.reads:
             b.let("from_start", t.from_start(gate, True))
         if self.writes:

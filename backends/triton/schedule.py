@@ -15,6 +15,9 @@ from chunkc.backends.writer import Lines
 
 SIDES: tuple[Side, Side] = ("i", "j")
 FADED = 104  # nats after which nothing is left of a float32
+# What a walk over segments keeps of a side's gate: its sums over each segment, and up to each of a segment's tiles, and
+# at how many of these something is left.
+SUMS = ("decay", "passed", "alive")
 WALKS = '''
 def segment_of(seq: Sequences, H: int, I: int, J: int, enough: int) -> int:
     """How many tokens a program walks over: whole sequences, or a segment if these are not enough programs.
@@ -44,7 +47,7 @@ def walked_tiles(
     alive = {f"alive_{s}": states.new_empty((walks, H, size[s]), dtype=torch.int32) for s in gated}
     launch(segment, segments, initial, states, reached, **decay, **passed, **alive)
     offsets, _, _, first, tokens, each, _ = places(seq)
-    completed[(walks * H * cdiv(I, BLOCK) * cdiv(J, BLOCK),)](
+    completed[(programs(walks * H, I, J),)](
         states, reached, last, decay.get("decay_i"), decay.get("decay_j"), passed.get("passed_i"),
         passed.get("passed_j"), alive.get("alive_i"), alive.get("alive_j"), offsets, first, tokens, each,
         segment, segments, H=H, I=I, J=J, C=TILE, BI=BLOCK, BJ=BLOCK, BACK=int(back),
@@ -102,10 +105,7 @@ class _Walk:
         numbers = form.numbers() if self.reverse else []
         tail = (*numbers, "initial_ptr", "states_ptr", "last_ptr", "offsets_ptr", "first_tile_ptr", "tokens", "each",
                 "segment", "segments")  # fmt: skip
-        kept = (
-            *(f"totals_{g.side}_ptr" for g in self.wide),
-            *(f"{kept}_{g.side}_ptr" for g in self.gates for kept in ("decay", "passed", "alive")),
-        )
+        kept = (*(f"totals_{g.side}_ptr" for g in self.wide), *(f"{n}_{g.side}_ptr" for g in self.gates for n in SUMS))
         name = f"{form.name}_ends" if self.reverse else f"{form.name}_states"
         return Kernel(name, doc, (*dict.fromkeys(used), *tail, *kept), self.t.closed())
 
@@ -222,7 +222,7 @@ def complete_kernel() -> Kernel:
     with b.when(Expr("last_ptr").given), b.when(turn.same(own - 1)):
         _over_segment(b, row, cell, has)
         b.store(Expr("last_ptr") + (Expr("sequence") * "H" + "head") * (Expr("I") * "J") + cell, state, has)
-    kept = [f"{name}_{side}_ptr" for name in ("decay", "passed", "alive") for side in SIDES]
+    kept = [f"{name}_{side}_ptr" for name in SUMS for side in SIDES]
     arguments = ("states_ptr", "reached_ptr", "last_ptr", *kept, "offsets_ptr", "first_tile_ptr", "tokens", "each",
                  "segment", "segments")  # fmt: skip
     doc = "The states at tiles' edges of segments that were walked over from zero, and the last ones."

@@ -18,7 +18,7 @@ from typing import Literal
 
 from chunkc.backends.scan import Anchor, Operand, ScanForm, Side
 from chunkc.backends.triton.kernel import Expr, call, dot, masked_sum, trans, where
-from chunkc.backends.triton.tile import OneSide, block, exp, real, scaled
+from chunkc.backends.triton.tile import OneSide, block, columns, exp, real, scaled
 
 ZEROS = "tl.zeros"
 BLOCK = Expr("LEVELS") - 2  # the logarithm of a block's size
@@ -63,6 +63,7 @@ class SideBase(OneSide):
         self.pairs = [(m, r) for m in self.reading for r in range(len(self.writers))]
         self.both = bool(self.reads and self.writes)
         self.given = plan.scores == "given"
+        self.scoring = () if self.given else self.reading  # whose scores are made here
 
     # Names of operands that the kernel takes: on its own side, and on the other.
     def own_names(self) -> list[str]:
@@ -71,7 +72,7 @@ class SideBase(OneSide):
         return list(dict.fromkeys(names))
 
     def far_names(self) -> list[str]:
-        names = [self.readers[m].on(self.o) for m in self.reading if not self.given]
+        names = [self.readers[m].on(self.o) for m in self.scoring]
         return list(dict.fromkeys([*names, *(p.on(self.o) for p in self.writers)]))
 
     def outputs(self) -> list[str]:
@@ -164,30 +165,28 @@ class SideBase(OneSide):
         """A loop over blocks of the other side."""
         return self.b.loop("part", f"parts_{self.o}", f"blocks of side {self.o}")
 
-    def across(self, part: Expr, names: list[str], scores: bool = False, reads: tuple[int, ...] = (),
-               writes: tuple[int, ...] = (), edges: bool = False) -> None:  # fmt: skip
-        """One block of the other side: what it adds to the scores, to these reads and gradients of writes from the
-        states, and to the product of the edges."""
+    def across(self, part: Expr) -> None:
+        """One block of the other side: what it adds to the scores, to reads and gradients of writes from the states,
+        and to the product of the edges."""
         b, t, o = self.b, self.t, self.o
-        t.columns(o, part)
+        columns(b, o, part)
         gate = t.gate(self.far)
-        for n in names:
+        for n in self.far_names():
             t.load(n, o)
         since = None
-        if gate is not None and (reads or scores):
+        if gate is not None and self.scoring:
             since = self.since(gate, f"sums_{o}", masked_sum(t.mask("upto"), gate, "GATE_PARTS"))
-        wanted = self.reading if scores else reads
-        reading = {m: scaled(self.readers[m].on(o), None if since is None else exp(since)) for m in wanted}
+        reading = {m: scaled(self.readers[m].on(o), None if since is None else exp(since)) for m in self.scoring}
         if since is not None:
             reading = {m: b.let(f"reading_{m}", x) for m, x in reading.items()}
-        for m in reads:
+        for m in self.reads:
             b.add(Expr(self.read_name(m)), dot(reading[m], self.from_far(self.state("states"))))
-        for r in writes:
+        for r in self.writes:
             written = scaled(self.writers[r].on(o), None if gate is None else t.to_end(gate, False))
             b.add(Expr(self.write_name(r)), dot(written, self.from_far(self.state("ends"))))
-        if edges:
+        if self.plan.gate:
             self.add_edges(gate)
-        if scores:
+        if self.scoring:
             self.scores(reading, gate)
 
     def since(self, gate: Expr, name: str, upto: Expr) -> Expr:

@@ -77,17 +77,13 @@ class Tile:
         b.let("stop", call("tile_stop", "tile_stop_ptr", tile, "tokens", "each"))
         b.let("row", call("tl.arange", 0, "C"))
         self.cells(start)
-        self.columns(side, Expr("block"))
+        columns(self.b, side, Expr("block"))
 
     def cells(self, start: Expr) -> None:
         """Which tokens there are, and the tile's first one among the heads of all tokens."""
         self.b.let("inside", start + "row" < "stop")
         self.b.let("base", start * "H" + "head")
         self.masks_at = len(self.b.body)
-
-    def columns(self, side: Side, number: Expr) -> None:
-        """A block's columns of a side and which exist."""
-        columns(self.b, side, number)
 
     def mask(self, name: str) -> Expr:
         """Pairs of tokens; defined once, before all loops."""
